@@ -1,0 +1,45 @@
+# The same commands for a person and for CI. Everything is installed into .venv, at the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test lint types clean install
+
+help:
+	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
+	@echo "make test   lint, types and all quick tests (under 10 minutes)"
+	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
+
+# Two stamps: the demo needs no development tools. An existing .venv is kept and brought up to date.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "BridgeLM needs Python >= 3.11: make PYTHON=python3.12")' \
+	  && $(PYTHON) -m venv $(VENV); }
+	@echo "installing BridgeLM and what it needs into $(VENV) (torch is large; this happens once)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed
+	@$(BIN)/bridgelm compare recipes/toy/bridge.toml --methods bridge,grpo,cold_start --seeds 1 --out runs/demo
+
+test: lint types $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --ignore=tests/learn
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
