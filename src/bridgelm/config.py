@@ -1,0 +1,251 @@
+"""One strict TOML file describes a run. Loading it imports no torch and names every mistake with its fix."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from bridgelm.errors import UserError
+from bridgelm.options import MethodOptions, Rate, SequenceOptions, Share, Strict
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(Strict):
+    """`name_or_path`: a Hugging Face folder or hub name, or `toy:base`, the tiny model that travels in the package."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the forward pass; masters are at least float32
+    device: str = "auto"
+    chat_template: str | None = None  # a Jinja file, for models that bring none
+    system_prompt: str | None = None
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # 0 trains all weights; r > 0 trains theta as an adapter of rank r
+    lora_alpha: Rate = 16.0
+    lora_modules: str = ""  # regular expression of linear layers; empty: all of them
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class ToyOptions(Strict):
+    """The embedded task, used where `data.train` is `toy:FAMILY`."""
+
+    layout: Literal["paired", "separate"] = "separate"
+    coverage: Share = 1.0  # paired: share of the problems that have demonstrations
+    wrong: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    reach: Literal["within", "beyond"] = "within"  # whether demonstrations go beyond what the base ever finds
+    train_size: Count = 2000
+    demo_size: Count = 400
+    eval_size: Count = 500
+    seed: int = 0  # of the data; the run's own seed does not change it
+
+
+class DataConfig(Strict):
+    """Paths (JSONL, Parquet, a folder saved by `datasets`), a hub data set `hf:NAME:SPLIT`, or `toy:FAMILY`."""
+
+    train: str
+    demos: str | None = None  # a pool of demonstrations on problems of their own ("separate")
+    validation: str | None = None
+    test: str | None = None
+    max_prompt_tokens: Count = 1024
+    max_demo_tokens: Count = 4096
+    overlong: Literal["error", "drop"] = "error"  # a training prompt or demonstration over its limit; never truncated
+    overlap: Literal["error", "drop"] = "error"  # a training prompt that is also in validation or test
+    fields: dict[str, str] = Field(default_factory=dict)  # our field name -> the column that holds it
+    toy: ToyOptions = ToyOptions()
+
+
+class RewardConfig(Strict):
+    """`verifier` grades answers; `functions` are `file.py:name` with TRL's signature, added to or in place of it."""
+
+    verifier: Literal["toy", "math", "exact", "none"] = "math"
+    functions: list[str] = Field(default_factory=list)
+    weights: list[float] = Field(default_factory=list)  # one a function; default 1 each
+    time_limit: Rate = 1.0  # CPU seconds an answer
+    max_error_rate: Share = 0.1  # a verifier that fails more often stops the run
+
+
+class RolloutConfig(Strict):
+    prompts: Count = 32
+    group: Annotated[int, Field(ge=2)] = 8
+    max_new_tokens: Count = 512
+    temperature: Rate = 1.0
+    stop: list[str] = Field(default_factory=list)
+    engine: Literal["native"] = "native"
+    max_rows: Count = 512  # decoded at once
+    updates: Count = 1  # optimiser steps a rollout batch is split into
+    refill: Annotated[int, Field(ge=0)] = 0  # dynamic sampling: further draws to replace groups without spread
+    mask_overlong: bool = False  # leave completions that hit the limit out of the loss
+
+
+class OptimConfig(Strict):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 1e-6
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Rate | None = 1.0  # global norm; null in JSON / left at a huge value to switch off
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final: Share = 0.1  # where linear and cosine schedules end, as a share of lr
+
+
+class BatchConfig(Strict):
+    demos: Count = 32  # demonstrations an update
+    micro_tokens: Count = 16384  # padded tokens of one forward pass
+
+
+class EvalConfig(Strict):
+    every: Annotated[int, Field(ge=0)] = 10  # steps between looks at the validation set; 0: only at the end
+    problems: Count = 200  # of the validation set
+    samples: Annotated[int, Field(ge=0)] = 0  # k > 0: avg@k and pass@k on the test set, sampled, at the end
+    temperature: Rate = 1.0
+    max_new_tokens: Count | None = None  # default: the rollouts' limit
+
+
+class LogConfig(Strict):
+    samples: Annotated[int, Field(ge=0)] = 4  # rollouts kept a logged step
+    samples_every: Count = 10
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class RunConfig(Strict):
+    """Everything that decides a run. `resolved()` of it is written to the run folder."""
+
+    name: str
+    out: str = "runs"
+    seed: int = 0
+    steps: Count
+    checkpoint_every: Annotated[int, Field(ge=0)] = 20  # 0: only at the end or when interrupted
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: its own default
+    model: ModelConfig
+    data: DataConfig
+    method: Annotated[MethodOptions, Field(discriminator="name")]
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _across_fields(self) -> RunConfig:
+        if self.reward.verifier == "none" and not self.reward.functions:
+            raise ValueError("reward.verifier is 'none' and reward.functions is empty: nothing would score an answer")
+        if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
+            raise ValueError("reward.weights needs one number for each of reward.functions")
+        if self.data.train.startswith("toy:") != (self.reward.verifier == "toy"):
+            raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
+        if isinstance(self.method, SequenceOptions):
+            stage_steps(self.method, self.steps)
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def stage_steps(options: SequenceOptions, total: int) -> list[int]:
+    """Steps of each stage; the one stage without a number takes what is left of `total`."""
+    given = [stage.steps for stage in options.stages]
+    if given.count(None) > 1:
+        raise ValueError("method.stages: at most one stage may leave out steps")
+    rest = total - sum(s for s in given if s is not None)
+    if (None in given and rest < 1) or (None not in given and rest != 0):
+        raise ValueError(f"method.stages: the stages' steps do not add up to steps = {total}")
+    return [rest if s is None else s for s in given]
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file (or a run folder's config.json) and apply `a.b=value` overrides."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); `bridgelm init` writes a starter file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    try:
+        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a table of settings; a run folder's config.json is one")
+    raw.setdefault("name", path.stem)
+    for item in overrides:
+        _override(raw, item)
+    return make_config(raw, str(path))
+
+
+def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, sign, value = item.partition("=")
+    if not sign:
+        raise UserError(f"override {item!r}: write it as section.key=value")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    try:
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+            if not isinstance(node, dict | list):
+                raise UserError(f"override {item!r}: {parent} is a value, not a table")
+        node[int(last) if isinstance(node, list) else last] = parsed
+    except (ValueError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"override {item!r}: the list has no such entry (they are counted from 0)") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Pydantic's first complaint as one line: the dotted key, what is wrong, and the nearest valid key."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if part not in {"sft", "grpo", "alternate", "joint", "bridge", "sequence"}]
+    dotted = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at([str(part) for part in first["loc"][:-1]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key {dotted!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{dotted!r} is missing"
+    if first["type"] == "union_tag_invalid":
+        return f"method.name: {first['ctx']['tag']!r} is not a method; one of {first['ctx']['expected_tags']}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] in {"value_error", "union_tag_not_found"} else f" (got {first['input']!r})"
+    return f"{dotted + ': ' if dotted else ''}{message}{value}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys that are valid in the table at `location` of RunConfig."""
+    models: list[Any] = [RunConfig]
+    for part in location:
+        if part.isdigit():
+            continue
+        tagged = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+        if tagged:
+            models = tagged
+        else:
+            models = [inner for m in models if part in m.model_fields for inner in _models(m.model_fields[part].annotation)]
+    return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in typing.get_args(annotation) for model in _models(inner)]

@@ -1,0 +1,119 @@
+"""The options of every method, torch-free so that a recipe is checked in milliseconds. Sources of the defaults stand
+beside them; `docs/methods.md` says more."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no later changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class PolicyGradient(Strict):
+    """The RL term. Defaults: DAPO's clip range, token mean, no std and no KL (the repaired recipe of 2604.23747)."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Rate = 0.28
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # > 0 keeps a frozen copy of the start as reference (k3 estimator)
+    std: bool = False  # divide advantages by the group's own standard deviation (GRPO) or not (Dr. GRPO)
+    aggregate: Literal["token", "row", "constant"] = "token"  # DAPO / GRPO as published / Dr. GRPO
+
+
+class SftOptions(Strict):
+    name: Literal["sft"] = "sft"
+
+
+class GrpoOptions(Strict):
+    name: Literal["grpo"] = "grpo"
+    rl: PolicyGradient = PolicyGradient()
+
+
+class AlternateOptions(Strict):
+    """BRIDGE's "naive alternation": one RL step, then one SFT step, every `every` steps."""
+
+    name: Literal["alternate"] = "alternate"
+    rl: PolicyGradient = PolicyGradient()
+    every: Annotated[int, Field(ge=1)] = 1  # an SFT step after every so many RL steps; the paper gives no number
+    optimisers: Literal["one", "two"] = "two"  # two Adams remove the scale of the losses; one shares the moments
+    sft_lr: Rate | None = None  # default: the main rate
+    half_steps: bool = False  # both steps at half size, so that an iteration moves as far as joint's does
+
+
+class JointOptions(Strict):
+    """J_RL + mu J_SFT. BRIDGE v3's "SFT+RL" baseline gives no mu: 1 is the plain sum."""
+
+    name: Literal["joint"] = "joint"
+    rl: PolicyGradient = PolicyGradient()
+    mu: Annotated[float, Field(ge=0)] = 1.0
+    mu_end: Annotated[float, Field(ge=0)] | None = None  # where the schedule ends; default: mu
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    normalise: bool = True  # divide both by 1 + mu, so that mu moves the mix and not the step
+
+
+# What each BRIDGE preset sets. `paper` is the literal reading of Algorithm 2; `repaired` mends what cannot work.
+BRIDGE_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"shadow_step": "plain", "ratio": "clip", "advantage": "group_std"},
+    "repaired": {"shadow_step": "shared_moments", "ratio": "truncate", "advantage": "common"},
+}
+
+
+class BridgeOptions(Strict):
+    """Settings of the paper (lambda .5, rank 16, alpha 16) and of its open readings. beta: see docs/bridge.md."""
+
+    name: Literal["bridge"] = "bridge"
+    preset: Literal["repaired", "paper"] = "repaired"
+    rl: PolicyGradient = PolicyGradient()
+    lam: Share = Field(default=0.5, alias="lambda")
+    lambda_start: Share | None = None  # with it, lambda moves linearly from here to `lambda` over the run
+    beta: Rate | None = None  # rate of w; default: the rate of theta
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Rate = 16.0  # w enters as theta + (alpha / rank) B A
+    modules: str = ""  # regular expression of the linear layers that carry w; empty: all of them
+    exclusive: bool = False  # theta leaves the modules of w alone (the non-degenerate reading)
+    resync_every: Annotated[int, Field(ge=0)] = 0  # 0: persistent shadow; 1: the one-step reading
+    shadow_rollouts: Literal["shared", "own"] = "shared"
+    probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
+    ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio (`ratio = "truncate"`)
+    shadow_step: Literal["shared_moments", "plain"] = "shared_moments"
+    ratio: Literal["truncate", "clip"] = "truncate"
+    advantage: Literal["common", "group_std"] = "common"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        """A preset fills in what the user left out; an explicit key wins over it."""
+        if not isinstance(data, dict):
+            return data
+        return {**BRIDGE_PRESETS.get(data.get("preset", "repaired"), {}), **data}
+
+
+SingleOptions = SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions
+
+
+class Stage(Strict):
+    """One stage of a sequence, with a rate and optimisers of its own."""
+
+    method: Annotated[SingleOptions, Field(discriminator="name")]
+    steps: Annotated[int, Field(ge=1)] | None = None  # one stage may leave it out and takes what is left
+    lr: Rate | None = None
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    fresh_optimiser: bool = True
+    fresh_reference: bool = True  # the KL reference is the start of the stage, not of the run
+
+
+class SequenceOptions(Strict):
+    """Stages one after the other. Cold start is `sft` then `grpo`."""
+
+    name: Literal["sequence"] = "sequence"
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+
+MethodOptions = SingleOptions | SequenceOptions
