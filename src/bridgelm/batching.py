@@ -1,0 +1,99 @@
+"""Rows -> Batch (with global denominators) -> micro-batches of padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridgelm import dist
+from bridgelm.types import Batch, Micro, Row
+
+
+def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> Batch:
+    """Counts every stream's denominator over all ranks before anything is split: a wrong denominator is one of the two
+    bugs that spoilt the SFT baselines of many papers."""
+    counts: dict[str, float] = {}
+    for row in rows:
+        for name, stream in row.streams.items():
+            tokens = float(stream.mask.sum())
+            share = {"token": tokens, "row": float(tokens > 0), "constant": stream.constant}[stream.norm]
+            counts[name] = counts.get(name, 0.0) + share
+    return Batch(tuple(rows), dist.total(counts), stats or {})
+
+
+def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
+    """Several updates a rollout batch: whole groups and demonstrations are dealt out evenly, in order."""
+    if parts == 1:
+        return [list(rows)]
+    part_of: dict[int, int] = {}
+    for source in sorted({row.at for row in rows}):  # each policy's groups are dealt out for themselves
+        groups = sorted({row.group for row in rows if row.kind == "rollout" and row.at == source})
+        part_of |= {group: i * parts // len(groups) for i, group in enumerate(groups)}
+    demos = [row for row in rows if row.kind == "demo"]
+    out: list[list[Row]] = [[] for _ in range(parts)]
+    for row in rows:
+        if row.kind == "rollout":
+            out[part_of[row.group]].append(row)
+    for i, row in enumerate(demos):
+        out[i * parts // len(demos)].append(row)
+    return [part for part in out if part]
+
+
+def plan(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:
+    """Indices of the rows of each micro-batch: one kind each, sorted by length so that little is padding."""
+    micros: list[list[int]] = []
+    for kind in ("demo", "rollout"):
+        order = sorted((i for i, row in enumerate(rows) if row.kind == kind and i not in skip),
+                       key=lambda i: len(rows[i].ids), reverse=True)
+        current: list[int] = []
+        for i in order:
+            longest = len(rows[current[0]].ids) if current else len(rows[i].ids)
+            if current and longest * (len(current) + 1) > budget:
+                micros.append(current)
+                current = []
+            current.append(i)
+        if current:
+            micros.append(current)
+    return micros
+
+
+def idle(rows: Sequence[Row], terms: Sequence[str]) -> set[int]:
+    """Rows that cannot contribute: no weight in any of the terms. Counts were taken before, so skipping is free."""
+    return {i for i, row in enumerate(rows)
+            if not any(name in row.streams and np.any(row.streams[name].weight * row.streams[name].mask)
+                       for name in terms)}
+
+
+def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats: Mapping[str, Any]) -> Micro:
+    length = max(len(row.ids) for row in rows)
+    shape = (len(rows), length)
+
+    def stack(values: Iterator[np.ndarray | None], kind: type) -> np.ndarray:
+        out = np.zeros(shape, dtype=kind)
+        for b, value in enumerate(values):
+            if value is not None:
+                out[b, :len(value)] = value
+        return out
+
+    def real(values: Iterator[np.ndarray | None]) -> torch.Tensor:
+        return torch.from_numpy(stack(values, np.float64)).to(device, dtype)
+
+    names = sorted({name for row in rows for name in row.streams})
+    streams = {name: [row.streams.get(name) for row in rows] for name in names}
+    scale = {name: [None if s is None else s.mask / (max(1, s.mask.sum()) if s.norm == "row" else 1) for s in stream]
+             for name, stream in streams.items()}
+    pads = (np.ones(len(row.ids)) for row in rows)
+    return Micro(
+        ids_BT=torch.from_numpy(stack((row.ids for row in rows), np.int64)).to(device),
+        pad_BT=torch.from_numpy(stack(pads, np.bool_)).to(device),
+        own_BT=torch.from_numpy(stack((row.own for row in rows), np.bool_)).to(device),
+        old_BT=real(row.old_logps for row in rows),
+        ref_BT=real(row.ref_logps for row in rows),
+        temperature_B=torch.tensor([row.temperature for row in rows], dtype=dtype, device=device),
+        weight={name: real(None if s is None else s.weight for s in stream) for name, stream in streams.items()},
+        scale={name: real(iter(scale[name])) for name in names},
+        stats=stats,
+    )

@@ -1,0 +1,87 @@
+"""From rewards to advantages, and schedules. Pure functions on numpy arrays and rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from bridgelm.types import Norm, Row, Verdict
+
+
+def groups_of(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows of each group, in order of first appearance. Rows the grader failed on are left out."""
+    found: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.kind == "rollout":
+            found.setdefault(row.group, [])
+            if row.verdict is not Verdict.ERROR:
+                found[row.group].append(i)
+    return list(found.values())
+
+
+def centre(rewards_G: np.ndarray) -> np.ndarray:
+    return rewards_G - rewards_G.mean()
+
+
+def zscore(rewards_G: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    return centre(rewards_G) / (rewards_G.std(ddof=0) + eps)
+
+
+def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
+    """Each reward less the mean of the others: the baseline is independent of the sample, so products stay unbiased."""
+    n = len(rewards_G)
+    return (rewards_G - rewards_G.mean()) * n / (n - 1)
+
+
+def common_scale(rows: Sequence[Row], eps: float = 1e-6) -> float:
+    """One divisor for a whole batch: the root of the mean variance within groups (groups without spread included)."""
+    variances = [np.var([rows[i].reward for i in group]) for group in groups_of(rows) if len(group) > 1]
+    return float(np.sqrt(np.mean(variances))) + eps if variances else 1.0
+
+
+def with_advantages(rows: Sequence[Row], std: bool = False, scale: float = 1.0, norm: Norm = "token",
+                    constant: float = 1.0, mask_overlong: bool = False, name: str = "pg") -> list[Row]:
+    """Adds the policy-gradient stream. A zero advantage still counts in the denominator; failed grades do not, nor do
+    groups with fewer than two graded samples."""
+    out = list(rows)
+    for group in groups_of(rows):
+        if len(group) < 2:
+            continue
+        rewards = np.array([rows[i].reward for i in group], dtype=np.float64)
+        advantages = zscore(rewards) if std else centre(rewards) / scale
+        for i, advantage in zip(group, advantages, strict=True):
+            if not (mask_overlong and not rows[i].finished):
+                out[i] = rows[i].with_stream(name, advantage, norm, constant)
+    return out
+
+
+def spread(rows: Sequence[Row]) -> dict[int, bool]:
+    """Whether a group's rewards differ, which is what it can teach with."""
+    return {rows[g[0]].group: len({rows[i].reward for i in g}) > 1 for g in groups_of(rows) if g}
+
+
+def regroup(rows: Sequence[Row], first: int) -> list[Row]:
+    """Renumbers the groups of rows from `first`, keeping their order."""
+    numbers: dict[int, int] = {}
+    for row in rows:
+        numbers.setdefault(row.group, first + len(numbers))
+    return [replace(row, group=numbers[row.group]) for row in rows]
+
+
+def schedule(kind: str, start: float, end: float, progress: float) -> float:
+    """A value between start (progress 0) and end (progress 1)."""
+    progress = min(max(progress, 0.0), 1.0)
+    if kind == "constant":
+        return start
+    share = progress if kind == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return start + (end - start) * share
+
+
+def rate_factor(kind: str, warmup: int, final: float, step: int, steps: int) -> float:
+    """What the learning rate is multiplied with at this step (counted from 0)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return schedule(kind, 1.0, final, (step - warmup) / max(1, steps - warmup - 1))

@@ -1,0 +1,33 @@
+"""The compute ledger: what a run has spent, in FLOPs, whatever it spent them on.
+
+2N a generated or scored token and 6N a trained one, N the number of weights of the model; padding is not counted, the
+prompt of a group is generated from once. Evaluation is a measurement and is left out for every method alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Ledger:
+    parameters: int
+    generate: int = 0  # tokens
+    score: int = 0
+    train: int = 0
+    rollouts: int = 0
+    seconds: float = 0.0
+
+    def totals(self) -> dict[str, float]:
+        n = self.parameters
+        parts = {"flops/generate": 2.0 * n * self.generate, "flops/score": 2.0 * n * self.score,
+                 "flops/train": 6.0 * n * self.train}
+        return {"seconds": self.seconds, "rollouts": self.rollouts, "flops": sum(parts.values()),
+                "tokens": self.generate + self.score + self.train, **parts}
+
+    def state(self) -> dict[str, float]:
+        return asdict(self)
+
+    def load(self, state: dict[str, float]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)

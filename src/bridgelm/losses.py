@@ -1,0 +1,30 @@
+"""Per-token losses, to be minimised. Pure functions: shapes as in types.py, weights and old log-probs are constants."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def nll(logp_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    return -weight_BT * logp_BT
+
+
+def pg_clip(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, low: float, high: float) -> Tensor:
+    """PPO's clipped surrogate; the weight is the advantage."""
+    ratio = (logp_BT - old_BT).exp()
+    return -(weight_BT * ratio).minimum(weight_BT * ratio.clamp(1 - low, 1 + high))
+
+
+def pg_truncate(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, cap: float) -> Tensor:
+    """-A sg(min(ratio, cap)) log pi: off-policy tokens keep a gradient, where clipping gives them none.
+
+    Its bias: a token's ratio stands in for the ratio of the whole prefix, and ratios above `cap` count as `cap`.
+    """
+    ratio = (logp_BT.detach() - old_BT).exp().clamp(max=cap)
+    return -weight_BT * ratio * logp_BT
+
+
+def kl_k3(logp_BT: Tensor, ref_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """Schulman's low-variance estimate of KL(pi || ref) on the policy's own tokens: always >= 0."""
+    log_ratio = ref_BT - logp_BT
+    return weight_BT * (log_ratio.exp() - 1 - log_ratio)

@@ -1,0 +1,95 @@
+"""Optimisers over plain tensors, one that borrows another's second moments, and what their last step did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridgelm.config import OptimConfig
+
+
+class SharedMoments(torch.optim.Optimizer):
+    """Adam's step with the second moments of `source`, whose parameters match these one by one, and a momentum of its
+    own. Two copies of a model then live in one metric: equal gradients move them equally, and their difference means
+    the same in every coordinate."""
+
+    def __init__(self, params: Iterable[Tensor], source: torch.optim.AdamW, lr: float) -> None:
+        group = source.param_groups[0]
+        defaults = {"lr": lr, "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        super().__init__(list(params), defaults)
+        self.source = source
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group, theirs in zip(self.param_groups, self.source.param_groups, strict=True):
+            beta1, beta2 = group["betas"]
+            for p, q in zip(group["params"], theirs["params"], strict=True):
+                state, other = self.state[p], self.source.state[q]
+                assert other, "the source of the second moments has not stepped yet"
+                if not state:
+                    state["step"], state["exp_avg"] = torch.tensor(0.0), torch.zeros_like(p)
+                state["step"] += 1
+                assert p.grad is not None
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                root = (other["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(other["step"]))).add_(group["eps"])
+                p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** float(state["step"])))
+
+
+def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
+          source: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
+    if kind == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.AdamW(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    assert kind == "shared_moments" and isinstance(source, torch.optim.AdamW)
+    return SharedMoments(params, source, lr)
+
+
+def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """sqrt(v) + eps of Adam's denominator, bias corrected; None where the optimiser has no such thing."""
+    source = optimiser.source if isinstance(optimiser, SharedMoments) else optimiser
+    if source is not optimiser:
+        index = next(i for i, x in enumerate(group["params"]) if x is p)
+        p = source.param_groups[0]["params"][index]
+    state = source.state.get(p, {})
+    if "exp_avg_sq" not in state:
+        return None
+    beta2 = source.param_groups[0]["betas"][1]
+    return state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
+
+
+def last_step_norm(optimiser: torch.optim.Optimizer) -> float:
+    """Norm of the last update (weight decay aside), from the optimiser's own state: no copy of the weights is needed.
+    Plain SGD keeps no trace of its gradient, so `policy.apply` measures that one itself."""
+    total = 0.0
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            state, root = optimiser.state.get(p, {}), root_moment(optimiser, p, group)
+            if root is None or "exp_avg" not in state:
+                continue
+            size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
+            total += float((state["exp_avg"] / root).norm()) ** 2 * size**2
+    return math.sqrt(total)
+
+
+def tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The state of a one-group optimiser as flat named tensors, for a checkpoint that is never unpickled."""
+    params = optimiser.param_groups[0]["params"]
+    return {f"{name}|{key}": torch.as_tensor(value)
+            for name, p in zip(names, params, strict=True) for key, value in optimiser.state.get(p, {}).items()
+            if value is not None}
+
+
+def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict[str, Tensor]) -> None:
+    by_name = dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
+    for full_key, value in saved.items():
+        name, _, key = full_key.rpartition("|")
+        p = by_name[name]
+        optimiser.state[p][key] = value if key == "step" else value.to(p.device)

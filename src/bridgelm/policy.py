@@ -1,0 +1,288 @@
+"""The policy: one live Hugging Face model and the named groups of weights that it is made of.
+
+    live weight = theta (or a frozen base) + sum of low-rank terms  s B A  of theta (LoRA training) and of w (BRIDGE)
+
+The live model holds merged weights and has no adapter modules. One ordinary backward pass gives G = dL/dW, and from it
+dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for two small products a matrix. Masters are
+float32 (float64 in float64 runs); the live weights are rebuilt from them, never merged and unmerged in place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridgelm import batching, grads, optim
+from bridgelm.config import OptimConfig
+from bridgelm.forward import forward
+from bridgelm.grads import Gradient
+from bridgelm.groups import Group, low_rank, trainable
+from bridgelm.ledger import Ledger
+from bridgelm.types import Batch, Live, Micro, Row
+
+Terms = Callable[[Micro, Live], Mapping[str, Tensor]]
+
+
+@dataclass
+class Grads:
+    """What one pass found: gradients by group, the value of each term, and the rows' log-probs (by row index)."""
+
+    theta: Gradient
+    w: Gradient
+    losses: dict[str, float]
+    logps: dict[int, np.ndarray]
+
+
+@dataclass
+class Named:
+    """A declared optimiser, the group it steps, and its rate before the schedule."""
+
+    optimiser: torch.optim.Optimizer
+    group: str
+    lr: float
+    moved: float = 0.0  # norm of the last step
+
+
+class Policy:
+    def __init__(self, model: Any, config: OptimConfig, ledger: Ledger, micro_tokens: int, seed: int = 0,
+                 lora: tuple[int, float, str] | None = None) -> None:
+        self.model, self.config, self.ledger, self.micro_tokens, self.seed = model, config, ledger, micro_tokens, seed
+        self.params: dict[str, Any] = dict(model.named_parameters())
+        first = next(iter(self.params.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.frozen: dict[str, Tensor] = {}
+        self.groups: dict[str, Group] = {}
+        self.optimisers: dict[str, Named] = {}
+        self.factor = 1.0  # of the learning-rate schedule
+        self._drifted = False  # whether frozen weights differ from those that the model was loaded with
+        if lora:
+            self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
+            self.groups["theta"] = self._low_rank("theta", *lora)
+        else:
+            self.groups["theta"] = Group({n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()})
+        self._stale = True
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def linear_weights(self, pattern: str = "") -> list[str]:
+        """The weights of linear layers whose name matches; the output head is not one of them."""
+        head = self.model.get_output_embeddings()
+        return [f"{name}.weight" for name, module in self.model.named_modules()
+                if isinstance(module, torch.nn.Linear) and module is not head and re.search(pattern, name)]
+
+    def _low_rank(self, group: str, rank: int, alpha: float, pattern: str) -> Group:
+        names = self.linear_weights(pattern)
+        if not names:
+            raise ValueError(f"no linear layer matches {pattern!r}")
+        shapes = {name: self.params[name].shape for name in names}
+        return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
+
+    def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False) -> None:
+        """Adds w. With `exclusive`, theta leaves the matrices of w alone."""
+        w = self.groups["w"] = self._low_rank("w", rank, alpha, pattern)
+        if exclusive:
+            self._drifted = True  # a stage before may have moved what is frozen now
+            theta = self.groups["theta"]
+            for name in w.low:
+                self.frozen[name] = theta.full.pop(name).detach() if name in theta.full else self.frozen[name]
+                theta.low.pop(name, None)
+            if not theta.flat():
+                raise ValueError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
+        self._stale = True
+
+    def fork(self, name: str) -> None:
+        """A copy of theta under another name: the shadow, or a frozen reference."""
+        self.groups[name] = self.groups["theta"].clone()
+
+    def copy(self, source: str, target: str) -> None:
+        with torch.no_grad():
+            for name, t in self.groups[target].flat().items():
+                t.copy_(self.groups[source].flat()[name])
+
+    def _parts(self, at: str) -> list[Group]:
+        """What the weights at a point are made of. The shadow shares w; the reference is a start without it."""
+        mine = self.groups["theta" if at == "live" else at]
+        return [mine, self.groups["w"]] if "w" in self.groups and at != "reference" else [mine]
+
+    @torch.no_grad()
+    def weights(self, at: str = "live") -> dict[str, Tensor]:
+        """Merged weights in the model's dtype; tensors of their own only where something had to be computed."""
+        out = {}
+        parts = self._parts(at)
+        for name in self.params:
+            whole = parts[0].full.get(name)
+            weight = self.frozen[name] if whole is None else whole
+            for part in parts:
+                if name in part.low:
+                    weight = weight.to(self.master) + part.delta(name)
+            out[name] = weight.detach().to(self.dtype)
+        return out
+
+    @contextmanager
+    def at(self, point: str = "live") -> Iterator[Any]:
+        """The model with the weights of a point, for the length of the block."""
+        if self._stale:
+            for name, weight in self.weights("live").items():
+                self.params[name].data = weight
+            self._stale = False
+        if point == "live":
+            yield self.model
+            return
+        kept = {name: p.data for name, p in self.params.items()}
+        for name, weight in self.weights(point).items():
+            self.params[name].data = weight
+        try:
+            yield self.model
+        finally:
+            for name, p in self.params.items():
+                p.data = kept[name]
+
+    @torch.no_grad()
+    def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
+        """Ends a stage: w becomes part of theta (of the frozen base in LoRA training), forks and optimisers go."""
+        theta, w = self.groups["theta"], self.groups.get("w", Group())
+        for name in w.low:
+            target = theta.full.get(name, self.frozen.get(name))
+            assert target is not None
+            target.copy_(target.to(self.master) + w.delta(name))
+        if theta.full:  # matrices that only w trained come back to theta
+            theta.full |= {name: t.to(self.master).requires_grad_() for name, t in self.frozen.items()}
+            self.frozen = {}
+        kept = {"theta", "reference"} if keep_reference else {"theta"}
+        self.groups = {name: group for name, group in self.groups.items() if name in kept}
+        self.optimisers = {n: o for n, o in self.optimisers.items() if keep_optimiser and n == "theta"}
+        self._drifted, self._stale = bool(w.low) or self._drifted, True
+
+    # -- gradients and steps ---------------------------------------------------------------------------------------
+
+    def optimiser(self, name: str, group: str | None = None, lr: float | None = None, kind: str | None = None,
+                  moments_of: str | None = None) -> None:
+        """Declares an optimiser, up front, so that a checkpoint knows it."""
+        group, lr = group or name, self.config.lr if lr is None else lr
+        if name in self.optimisers:  # kept from the stage before
+            self.optimisers[name].lr = lr
+            return
+        source = self.optimisers[moments_of].optimiser if moments_of else None
+        params = list(self.groups[group].flat().values())
+        self.optimisers[name] = Named(optim.build(kind or self.config.kind, params, self.config, lr, source), group, lr)
+
+    def grad(self, terms: Terms, batch: Batch, coef: Mapping[str, float], at: str = "live",
+             entropy: bool = False) -> Grads:
+        """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, at one snapshot."""
+        group, w = self.groups["theta" if at == "live" else at], self.groups.get("w", Group())
+        wanted = trainable((group, w))
+        for name, p in self.params.items():
+            p.requires_grad_(name in wanted)
+        out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
+        with self.at(at):
+            for indices in batching.plan(batch.rows, self.micro_tokens, batching.idle(batch.rows, list(coef))):
+                rows = [batch.rows[i] for i in indices]
+                micro = batching.collate(rows, self._wide(), self.device, batch.stats)
+                live = forward(self.model, micro, entropy)
+                values = terms(micro, live)
+                parts = {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
+                loss = torch.stack(list(parts.values())).sum()
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is not finite ({ {n: float(v) for n, v in parts.items()} }): "
+                                             "stopped before the step")
+                loss.backward()
+                self._drain(((group, out.theta), (w, out.w)))
+                for n, value in parts.items():
+                    out.losses[n] += float(value.detach())
+                self._keep(out.logps, indices, rows, live.logp_BT)
+                self.ledger.train += sum(len(row.ids) for row in rows)
+        return out
+
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _drain(self, into: tuple[tuple[Group, Gradient], ...]) -> None:
+        """Moves the model's gradients out, into those of the groups."""
+        for name, p in self.params.items():
+            if p.grad is not None:
+                g = p.grad.to(self.master)
+                for group, gradient in into:
+                    group.collect(gradient, name, g)
+                p.grad = None
+
+    @staticmethod
+    def _keep(logps: dict[int, np.ndarray], indices: list[int], rows: list[Row], logp_BT: Tensor) -> None:
+        values = logp_BT.detach().double().cpu().numpy()
+        for b, (i, row) in enumerate(zip(indices, rows, strict=True)):
+            logps[i] = values[b, :len(row.ids)]
+
+    @torch.no_grad()
+    def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:
+        """Log-probs of rows' own tokens at each row's temperature, without gradients."""
+        logps: dict[int, np.ndarray] = {}
+        with self.at(at):
+            for indices in batching.plan(rows, self.micro_tokens, set()):
+                chosen = [rows[i] for i in indices]
+                micro = batching.collate(chosen, self._wide(), self.device, {})
+                self._keep(logps, indices, chosen, forward(self.model, micro).logp_BT)
+        self.ledger.score += sum(len(row.ids) for row in rows)
+        return [logps[i] for i in range(len(rows))]
+
+    def apply(self, name: str, gradient: Gradient) -> float:
+        """Clips and steps one optimiser; returns the norm before clipping."""
+        named = self.optimisers[name]
+        params = self.groups[named.group].flat()
+        size = grads.norm(gradient)
+        shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
+        for key, p in params.items():
+            p.grad = gradient[key] * shrink
+        for group in named.optimiser.param_groups:
+            group["lr"] = named.lr * self.factor
+        named.optimiser.step()
+        named.moved = (named.lr * self.factor * size * shrink if isinstance(named.optimiser, torch.optim.SGD)
+                       else optim.last_step_norm(named.optimiser))
+        for p in params.values():
+            p.grad = None
+        self._stale = self._stale or named.group in ("theta", "w")
+        return size
+
+    def precondition(self, name: str, gradient: Gradient) -> Gradient:
+        """The gradient in the metric of an optimiser: divided by the root of its second moments, if it has any."""
+        named = self.optimisers[name]
+        group, out = named.optimiser.param_groups[0], {}
+        for key, p in self.groups[named.group].flat().items():
+            root = optim.root_moment(named.optimiser, p, group)
+            out[key] = gradient[key] if root is None else gradient[key] / root
+        return out
+
+    def dot(self, g: Gradient, h: Gradient, metric: str | None = None) -> float:
+        return grads.dot(g, self.precondition(metric, h) if metric else h)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {f"group/{g}/{n}": t.detach() for g, group in self.groups.items() for n, t in group.flat().items()}
+        if self._drifted:
+            out |= {f"frozen/{n}": t for n, t in self.frozen.items()}
+        for name, named in self.optimisers.items():
+            names = list(self.groups[named.group].flat())
+            out |= {f"optim/{name}/{k}": v for k, v in optim.tensors(named.optimiser, names).items()}
+        return out
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        for g, group in self.groups.items():
+            for n, t in group.flat().items():
+                t.copy_(saved[f"group/{g}/{n}"])
+        for n in self.frozen:
+            self._drifted = self._drifted or f"frozen/{n}" in saved
+            if f"frozen/{n}" in saved:
+                self.frozen[n].copy_(saved[f"frozen/{n}"])
+        for name, named in self.optimisers.items():
+            prefix = f"optim/{name}/"
+            mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+            optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine)
+        self._stale = True
