@@ -1,0 +1,143 @@
+"""The native engine: batched decoding of any Hugging Face causal LM on the trainer's own weights.
+
+A prompt shared by a group is read once; finished rows leave the batch; each request draws from a stream of its own, so
+its tokens do not depend on what else is in the batch (up to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridgelm.engine.decoders import Decoder, make_decoder
+from bridgelm.ledger import Ledger
+from bridgelm.types import Completion
+
+KEEP = 0.8  # rows are compacted when fewer than this share of them is still running
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: np.ndarray
+    seed: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. No top-p and no top-k: their truncated log-probs would not be the policy's."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+class Engine:
+    def __init__(self, eos_ids: frozenset[int], pad_id: int, text: Callable[[Any], str], max_rows: int = 512) -> None:
+        self.eos_ids, self.pad_id, self.text, self.max_rows = eos_ids, pad_id, text, max_rows
+
+    @torch.inference_mode()
+    def generate(self, model: Any, requests: Sequence[Request], sampling: Sampling,
+                 ledger: Ledger | None = None) -> list[Completion]:
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), self.max_rows):
+            chosen = order[start:start + self.max_rows]
+            for i, completion in zip(chosen, self._decode(model, [requests[i] for i in chosen], sampling, ledger),
+                                     strict=True):
+                done[i] = completion
+        return [done[i] for i in range(len(requests))]
+
+    def _decode(self, model: Any, requests: list[Request], sampling: Sampling,
+                ledger: Ledger | None) -> list[Completion]:
+        device = next(model.parameters()).device
+        decoder = make_decoder(model, sampling.max_new_tokens)
+        logits_BV, prompt_tokens = self._prefill(decoder, requests, device)
+        draws = [np.random.default_rng(r.seed).random(sampling.max_new_tokens) if sampling.temperature > 0 else None
+                 for r in requests]
+        writers = [_Writer() for _ in requests]
+        alive = list(range(len(requests)))  # the request of each row of the decoder
+        running = list(alive)
+        eos = torch.tensor(sorted(self.eos_ids), device=device)
+        for t in range(sampling.max_new_tokens):
+            uniform = None
+            if sampling.temperature > 0:
+                uniform = torch.tensor([draws[i][t] for i in alive], device=device)  # type: ignore[index]
+            token_B, raw_B, logp_B = _draw(logits_BV, sampling.temperature, uniform)
+            ended = torch.isin(token_B, eos).tolist()
+            for b, (token, raw, logp) in enumerate(zip(token_B.tolist(), raw_B.tolist(), logp_B.tolist(), strict=True)):
+                writer = writers[alive[b]]
+                if not writer.finished:
+                    writer.add(token, raw, logp)
+                    writer.finished = ended[b] or self._stopped(writer, sampling.stop)
+            running = [b for b, i in enumerate(alive) if not writers[i].finished]
+            if not running or t + 1 == sampling.max_new_tokens:
+                break
+            if len(running) < KEEP * len(alive):
+                keep = torch.tensor(running, device=device)
+                decoder.select(keep)
+                token_B, alive = token_B[keep], [alive[b] for b in running]
+            logits_BV = decoder.step(token_B)
+        if ledger is not None:
+            ledger.generate += prompt_tokens + sum(len(w.ids) for w in writers)
+        return [w.completion() for w in writers]
+
+    def _prefill(self, decoder: Decoder, requests: list[Request], device: torch.device) -> tuple[Tensor, int]:
+        """Reads every distinct prompt once and repeats its cache for the requests that share it."""
+        distinct: dict[bytes, int] = {}
+        which = [distinct.setdefault(r.prompt.astype(np.int64).tobytes(), len(distinct)) for r in requests]
+        prompts: list[np.ndarray] = [np.frombuffer(key, dtype=np.int64) for key in distinct]
+        width = max(len(p) for p in prompts)
+        ids = np.full((len(prompts), width), self.pad_id, dtype=np.int64)
+        for b, p in enumerate(prompts):
+            ids[b, width - len(p):] = p
+        lengths = torch.tensor([len(p) for p in prompts])
+        pad_BP = torch.arange(width)[None] >= (width - lengths)[:, None]
+        logits_BV = decoder.prefill(torch.from_numpy(ids).to(device), pad_BP.to(device))
+        if len(prompts) == len(requests):  # setdefault numbers them in order
+            return logits_BV, sum(len(p) for p in prompts)
+        rows = torch.tensor(which, device=device)
+        decoder.select(rows)
+        return logits_BV[rows], sum(len(p) for p in prompts)
+
+    def _stopped(self, writer: _Writer, stop: tuple[str, ...]) -> bool:
+        # A stop string may begin inside an earlier token: look at a tail that is sure to hold it.
+        return any(s in self.text(np.array(writer.ids[-len(s) - 8:])) for s in stop)
+
+
+class _Writer:
+    """One request's output so far."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.raw: list[float] = []
+        self.logps: list[float] = []
+        self.finished = False
+
+    def add(self, token: int, raw: float, logp: float) -> None:
+        self.ids.append(token)
+        self.raw.append(raw)
+        self.logps.append(logp)
+
+    def completion(self) -> Completion:
+        return Completion(np.array(self.ids, dtype=np.int64), np.array(self.raw), np.array(self.logps), self.finished)
+
+
+def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row, with its log-prob at temperature 1 and at the sampling temperature."""
+    wide = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    raw_BV = torch.log_softmax(wide, -1)
+    if uniform_B is None:
+        token_B = raw_BV.argmax(-1)
+        raw_B = raw_BV.gather(1, token_B[:, None])[:, 0]
+        return token_B, raw_B, torch.zeros_like(raw_B)
+    logp_BV = raw_BV if temperature == 1.0 else torch.log_softmax(wide / temperature, -1)
+    # Inverse of the distribution function: one number decides, whatever else is in the batch.
+    cumulative = logp_BV.exp().cumsum(-1)
+    target = uniform_B.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
+    token_B = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=wide.shape[1] - 1)
+    return (token_B, raw_BV.gather(1, token_B[:, None])[:, 0], logp_BV.gather(1, token_B[:, None])[:, 0])
