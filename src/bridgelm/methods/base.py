@@ -1,0 +1,125 @@
+"""The contract of a method: which rows exist, what loss each token gets, how the update is taken."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bridgelm import credit, losses
+from bridgelm.config import RunConfig
+from bridgelm.data import Data
+from bridgelm.options import PolicyGradient
+from bridgelm.policy import Policy
+from bridgelm.rollout import Roller
+from bridgelm.types import Batch, Live, Metrics, Micro, Row
+
+NEEDS = {
+    "demos": "demonstrations: give `data.demos`, or `demos` in the rows of `data.train`",
+    "paired_demos": "demonstrations of the training problems themselves (`demos` in the rows of `data.train`)",
+    "two_traces": "two demonstrations of a problem",
+    "behaviour": "the log-probs of the demonstrations' author (`demo_logps`)",
+    "val": "a validation set (`data.validation`)",
+}
+
+
+class Method(ABC):
+    """Abstract; every subclass is final. Methods share functions, never a parent's code."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: Any, run: RunConfig) -> None:
+        self.options, self.run = options, run
+
+    @property
+    def phase(self) -> str:
+        return self.options.name
+
+    def setup(self, policy: Policy) -> None:
+        """Declares optimisers and forks, before the first step and before a checkpoint is read."""
+        policy.optimiser("theta")
+
+    @abstractmethod
+    def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
+        """Which rows exist in this step, with their streams."""
+
+    def probe(self, batch: Batch) -> Mapping[str, Any]:
+        """Statistics of the whole batch that a term needs, before it is cut into micro-batches."""
+        return {}
+
+    @abstractmethod
+    def terms(self, batch: Micro, live: Live) -> dict[str, Tensor]:
+        """Per-token losses (B, T) by stream name, to be minimised."""
+
+    @abstractmethod
+    def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
+        """One update; usually one line: `return descend(policy, batch, self.terms, {...})`."""
+
+    def rate(self, step: int) -> float:
+        """What the learning rates are multiplied with."""
+        o = self.run.optim
+        return credit.rate_factor(o.schedule, o.warmup, o.final, step, self.run.steps)
+
+    def warnings(self, metrics: Metrics) -> list[str]:
+        """What a user should be told about this update; the trainer says each text once."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        assert not state
+
+
+def descend(policy: Policy, batch: Batch, terms: Any, coef: Mapping[str, float]) -> Metrics:
+    """Gradient of the weighted terms, one step of theta."""
+    found = policy.grad(terms, batch, coef)
+    norm = policy.apply("theta", found.theta)
+    return {"grad_norm/theta": norm, **{f"loss/{name}": value for name, value in found.losses.items()}}
+
+
+# -- the RL half, shared by every method with rollouts ---------------------------------------------------------------
+
+def rl_setup(policy: Policy, rl: PolicyGradient) -> None:
+    if rl.kl_coef > 0 and "reference" not in policy.groups:
+        policy.fork("reference")
+
+
+def rl_rows(data: Data, roll: Roller, rl: PolicyGradient, run: RunConfig) -> list[Row]:
+    """Rollouts with centred advantages in the stream `pg`, and `kl` where a reference is asked for."""
+    return credited(roll.groups(data), roll, rl, run)
+
+
+def credited(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig, scale: float = 1.0) -> list[Row]:
+    rows = credit.with_advantages(rows, rl.std, scale, rl.aggregate, run.rollout.max_new_tokens,
+                                  run.rollout.mask_overlong)
+    if rl.kl_coef > 0:
+        rows = [row.with_stream("kl", 1.0, rl.aggregate, run.rollout.max_new_tokens) if "pg" in row.streams else row
+                for row in roll.reference(rows)]
+    return rows
+
+
+def rl_terms(batch: Micro, live: Live, rl: PolicyGradient) -> dict[str, Tensor]:
+    if "pg" not in batch:
+        return {}
+    out = {"pg": losses.pg_clip(live.logp_BT, batch.old_BT, batch.weight["pg"], rl.clip_low, rl.clip_high)}
+    if "kl" in batch:
+        out["kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, batch.weight["kl"])
+    return out
+
+
+def rl_coef(rl: PolicyGradient, weight: float = 1.0) -> dict[str, float]:
+    return {"pg": weight, "kl": weight * rl.kl_coef} if rl.kl_coef > 0 else {"pg": weight}
+
+
+# -- the SFT half ------------------------------------------------------------------------------------------------------
+
+def sft_rows(data: Data, roll: Roller, run: RunConfig) -> list[Row]:
+    return [roll.demo(problem, demo).with_stream("nll", 1.0)
+            for problem, demo in data.demos(run.batch.demos * run.rollout.updates)]
+
+
+def sft_terms(batch: Micro, live: Live) -> dict[str, Tensor]:
+    return {"nll": losses.nll(live.logp_BT, batch.weight["nll"])} if "nll" in batch else {}

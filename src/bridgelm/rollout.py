@@ -1,0 +1,88 @@
+"""Engine x verifier -> rows. One `Roller` serves a run; a method calls it from `gather`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from bridgelm import credit
+from bridgelm.chat import Chat
+from bridgelm.config import RunConfig
+from bridgelm.data import Data
+from bridgelm.engine import Engine, Request, Sampling
+from bridgelm.errors import UserError
+from bridgelm.policy import Policy
+from bridgelm.types import Completion, Demo, Grade, Problem, Row, Verdict
+
+
+class Grader(Protocol):
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
+
+
+class Roller:
+    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig) -> None:
+        self.policy, self.engine, self.chat, self.grader, self.config = policy, engine, chat, grader, config
+        rollout = config.rollout
+        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
+        self.step = self.calls = self.groups_made = 0
+
+    def begin(self, step: int) -> None:
+        """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same."""
+        self.step, self.calls, self.groups_made = step, 0, 0
+
+    def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live") -> list[Row]:
+        """Graded rollouts of each problem from the weights of a point, a new group number for each problem."""
+        size = group or self.config.rollout.group
+        repeated = [problem for problem in problems for _ in range(size)]
+        requests = [Request(self.chat.prompt_ids(problem), (self.config.seed, self.step, self.calls, i))
+                    for i, problem in enumerate(repeated)]
+        self.calls += 1
+        with self.policy.at(at) as model:
+            completions = self.engine.generate(model, requests, self.sampling, self.policy.ledger)
+        self.policy.ledger.rollouts += len(completions)
+        texts = [self.chat.text(c.ids) for c in completions]
+        grades = self.grader.grade(repeated, texts)
+        self._stop_on_errors(grades)
+        rows = [self._row(problem, request.prompt, completion, grade, text, self.groups_made + i // size, at)
+                for i, (problem, request, completion, grade, text)
+                in enumerate(zip(repeated, requests, completions, grades, texts, strict=True))]
+        self.groups_made += len(problems)
+        return rows
+
+    def _row(self, problem: Problem, prompt: np.ndarray, completion: Completion, grade: Grade, text: str,
+             group: int, at: str) -> Row:
+        ids = np.concatenate([prompt, completion.ids])
+        own = np.arange(len(ids)) >= len(prompt)
+        old = np.concatenate([np.zeros(len(prompt)), completion.logps])
+        return Row(ids, own, "rollout", problem, group, at, self.sampling.temperature, old, None, grade.reward,
+                   grade.verdict, completion.finished, text)
+
+    def _stop_on_errors(self, grades: list[Grade]) -> None:
+        share = sum(g.verdict is Verdict.ERROR for g in grades) / max(1, len(grades))
+        if share > self.config.reward.max_error_rate:
+            raise UserError(f"reward: the verifier failed on {share:.0%} of the answers of step {self.step}, over "
+                            f"reward.max_error_rate = {self.config.reward.max_error_rate}; mend it before training on")
+
+    def groups(self, data: Data) -> list[Row]:
+        """The step's groups. With `rollout.refill`, those without spread are replaced by groups of further problems, as
+        many times as it says; exactly the missing ones are drawn, so none is left over."""
+        wanted = self.config.rollout.prompts
+        rows = self(data.problems(wanted))
+        for _ in range(self.config.rollout.refill):
+            spread = credit.spread(rows)
+            missing = wanted - sum(spread.values())
+            if missing:
+                rows = [row for row in rows if spread.get(row.group)] + self(data.problems(missing))
+        return rows
+
+    def demo(self, problem: Problem, demo: Demo) -> Row:
+        ids, own = self.chat.demo_ids(problem, demo)
+        return Row(ids, own, "demo", problem, text=demo.text)
+
+    def reference(self, rows: list[Row]) -> list[Row]:
+        """Fills in the frozen reference's log-probs."""
+        logps = self.policy.score(rows, at="reference")
+        return [replace(row, ref_logps=logp) for row, logp in zip(rows, logps, strict=True)]
