@@ -1,0 +1,138 @@
+"""Checkpoints that are whole or absent, and never unpickled: safetensors for tensors, JSON for the rest.
+
+    RUN/checkpoints/step-000020/   everything a run needs to go on exactly; only the newest is kept
+    RUN/best/, RUN/final/          merged models, ordinary Hugging Face folders
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridgelm.chat import load_tokenizer
+from bridgelm.config import load_config
+from bridgelm.errors import UserError
+from bridgelm.metrics import read_json, write_json
+from bridgelm.policy import Policy
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> Path:
+    """Written beside and renamed into place: a kill at any moment leaves the older one or the newer one."""
+    folder = run / "checkpoints"
+    target, draft = folder / f"step-{step:06d}", folder / f".draft-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in policy.tensors().items()}
+    save_file(tensors | {"random/torch": torch.get_rng_state()}, draft / TENSORS)
+    write_json(draft / STATE, {**state, "step": step, "random": _random_state()})
+    for path in draft.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    for other in folder.iterdir():
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
+    return target
+
+
+def newest(run: Path) -> Path | None:
+    found = sorted((run / "checkpoints").glob("step-*/" + STATE)) if (run / "checkpoints").is_dir() else []
+    return found[-1].parent if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> None:
+    saved = load_file(checkpoint / TENSORS)
+    torch.set_rng_state(saved.pop("random/torch"))
+    policy.load(saved)
+    version, numbers, gauss = state["random"]["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["random"]["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _random_state() -> dict[str, Any]:
+    """Of the global generators. BridgeLM draws from none of them; a user's reward function may."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": list(random.getstate()), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def save_model(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """The merged live model as a plain Hugging Face folder, swapped in as a whole."""
+    draft = folder.with_name(f".{folder.name}-draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    with policy.at("live") as model:
+        model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def model_folder(run: Path, which: str) -> Path:
+    folder = run / which
+    if which not in ("final", "best"):
+        raise UserError(f"which = {which!r}: choose 'final' or 'best'")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{run}: there is no {which} model yet; finish the run with `bridgelm train --resume {run}`")
+    return folder
+
+
+def export(run_path: str | Path, out: str | Path, which: str = "final") -> Path:
+    """A plain merged model folder with tokenizer, chat template, generation config and a model card."""
+    run, out = Path(run_path), Path(out)
+    if not (run / "config.json").exists():
+        raise UserError(f"{run}: not a run folder (no config.json)")
+    source = model_folder(run, which)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; choose another folder")
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    if not (out / "generation_config.json").exists():
+        from transformers import AutoConfig, GenerationConfig
+
+        GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(out)
+    (out / "README.md").write_text(_card(run, which), encoding="utf-8")
+    load_tokenizer(load_config(run / "config.json").model.model_copy(update={"name_or_path": str(out)}))
+    return out
+
+
+def _card(run: Path, which: str) -> str:
+    config = read_json(run / "config.json") or {}
+    info, result = read_json(run / "run.json") or {}, (read_json(run / "result.json") or {}).get(which, {})
+    base, method = config["model"]["name_or_path"], config["method"]["name"]
+    accuracy = f"{result['accuracy']:.3f} (95 % interval {result['interval'][0]:.3f} to {result['interval'][1]:.3f}, " \
+               f"{result['n']} problems, greedy)" if result else "not measured"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [bridgelm, {method}]
+---
+
+# {config['name']}
+
+`{base}` trained with BridgeLM's `{method}` for {config['steps']} steps (seed {config['seed']}); the {which} weights,
+all adapters merged.
+
+- Training data: `{config['data']['train']}`; test accuracy: {accuracy}
+- BridgeLM {info.get('bridgelm', '?')}, commit {info.get('commit') or 'unknown'}; torch {info.get('torch', '?')},
+  transformers {info.get('transformers', '?')}
+
+```json
+{json.dumps(config['method'], indent=2)}
+```
+"""

@@ -1,0 +1,46 @@
+"""Opens a Hugging Face causal LM for training: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bridgelm.chat import model_path
+from bridgelm.config import ModelConfig
+from bridgelm.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"model.device: {name!r}, but torch sees no CUDA device; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def load_model(config: ModelConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device, path = pick_device(config.device), model_path(config.name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True,
+            trust_remote_code=False, attn_implementation=config.attention)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model ({reason})") from None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # checkpointing is skipped in eval mode; dropout is switched off below
+    else:
+        model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.to(device)

@@ -1,0 +1,288 @@
+"""The loop: gather rows, take updates, look at the validation set, save. Everything is built from one RunConfig."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridgelm import checkpoint, credit
+from bridgelm.batching import make_batch, split_rows
+from bridgelm.chat import Chat, load_chat
+from bridgelm.config import RunConfig, load_config
+from bridgelm.data import Data, check_lengths, load_splits
+from bridgelm.engine import Engine
+from bridgelm.errors import UserError
+from bridgelm.evaluation import measure
+from bridgelm.ledger import Ledger
+from bridgelm.loading import load_model
+from bridgelm.methods import METHODS, Method
+from bridgelm.methods.base import NEEDS
+from bridgelm.metrics import RunFolder
+from bridgelm.policy import Policy
+from bridgelm.progress import Progress
+from bridgelm.rollout import Roller
+from bridgelm.runs import Run
+from bridgelm.types import Metrics, Problem, Row, Verdict
+from bridgelm.verify import build_verifier
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped; `path` is the run folder to go on with."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+@dataclass
+class Session:
+    """What a run is made of, and what changes from step to step."""
+
+    config: RunConfig
+    data: Data
+    chat: Chat
+    method: Method
+    policy: Policy
+    roll: Roller
+    folder: RunFolder
+    display: Progress
+    step: int = 0  # completed
+    best: dict[str, float] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+    stop: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    def event(self, event: str, **values: Any) -> None:
+        totals = self.policy.ledger.totals() if event != "warning" else {}
+        record = {"event": event, "step": self.step, **values, **totals}
+        self.folder.append(record)
+        self.display.update(record)
+
+
+def train(config: RunConfig, resume: Path | None = None, quiet: bool = False) -> Run:
+    """Trains as the configuration says and returns the run."""
+    if resume is not None:
+        config = load_config(Path(resume) / "config.json")
+    path = Path(config.out) / config.name if resume is None else Path(resume)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with Progress(config.name, config.steps, quiet=quiet) as display:
+        display.state("reading the data")
+        chat = load_chat(config.model)
+        splits = check_lengths(load_splits(config), chat, config)
+        method = METHODS[config.method.name](config.method, config)
+        data = Data(splits, config.seed)
+        check_needs(method, data)
+        folder = RunFolder.open(path) if resume is not None else RunFolder.create(path, config)
+        with folder, build_verifier(config.reward) as grader:
+            for note in splits.notes:
+                display.say(note)
+            display.state("loading the model")
+            session = _session(config, data, chat, method, grader, folder, display)
+            try:
+                _run(session)
+            except BaseException as error:
+                folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            folder.set_status("finished")
+    return Run(path)
+
+
+def resume(path: Path, quiet: bool = False) -> Run:
+    """Goes on with a run folder from its newest checkpoint; a finished run is returned as it is."""
+    run = Run(path)
+    return run if run.status == "finished" else train(load_config(Path(path) / "config.json"), Path(path), quiet)
+
+
+def check_needs(method: Method, data: Data) -> None:
+    for need in sorted(method.needs - data.facts()):
+        if need in NEEDS:
+            raise UserError(f"method {method.run.method.name!r} needs {NEEDS[need]}")
+
+
+def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: Any, folder: RunFolder,
+             display: Progress) -> Session:
+    model = load_model(config.model)
+    ledger = Ledger(sum(p.numel() for p in model.parameters()))
+    lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
+    policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
+                    lora if config.model.lora_rank else None)
+    engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    session = Session(config, data, chat, method, policy, Roller(policy, engine, chat, grader, config), folder, display)
+    saved = checkpoint.newest(folder.path)
+    state = checkpoint.read_state(saved) if saved else None
+    if state:
+        method.load(state["method"])
+    method.setup(policy)
+    folder.truncate_after(state["step"] if state else -1)
+    if saved and state:
+        checkpoint.load_tensors(saved, policy, state)
+        data.load(state["data"])
+        ledger.load(state["ledger"])
+        session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
+    folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters)
+    return session
+
+
+def _run(session: Session) -> None:
+    config = session.config
+    with _stoppable(session):
+        if session.step == 0:
+            look(session)
+        while session.step < config.steps:
+            started = time.perf_counter()
+            step_metrics = take_step(session)
+            session.policy.ledger.seconds += time.perf_counter() - started
+            session.event("step", **step_metrics)
+            if session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0):
+                look(session)
+            due = config.checkpoint_every and session.step % config.checkpoint_every == 0
+            if session.stop or due or session.step == config.steps:
+                save(session)
+            if session.stop and session.step < config.steps:
+                raise Interrupted(session.path)
+        finish(session)
+
+
+def take_step(session: Session) -> Metrics | dict[str, Any]:
+    """One step: rows once, then one update or several on them."""
+    method, policy, roll, config = session.method, session.policy, session.roll, session.config
+    roll.begin(session.step)
+    clock = time.perf_counter()
+    rows = method.gather(session.data, roll, session.step)
+    policy.factor = method.rate(session.step)
+    gathered = time.perf_counter()
+    found: list[Metrics] = []
+    try:
+        for part in split_rows(rows, config.rollout.updates):
+            batch = make_batch(part)
+            found.append(method.update(policy, replace(batch, stats=method.probe(batch)), session.step))
+    except FloatingPointError as error:
+        raise UserError(f"step {session.step + 1}: {error}; lower optim.lr, or look at {session.path}/metrics.jsonl "
+                        "for what grew before it") from None
+    session.step += 1
+    metrics = {key: float(np.mean([m[key] for m in found if key in m])) for key in {k for m in found for k in m}}
+    _warn(session, metrics)
+    _keep_samples(session, rows)
+    return {"phase": method.phase, **_rollout_metrics(rows), **dict(sorted(metrics.items())),
+            "lr": session.policy.optimisers["theta"].lr * policy.factor,
+            "time/rollout": gathered - clock, "time/update": time.perf_counter() - gathered}
+
+
+def _rollout_metrics(rows: list[Row]) -> Metrics:
+    live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
+    graded = [row for row in live if row.verdict is not Verdict.ERROR]
+    if not graded:
+        return {"errors": 1.0} if live else {}
+    spread = credit.spread(live)
+    return {"reward": float(np.mean([row.reward for row in graded])),
+            "correct": float(np.mean([row.verdict is Verdict.CORRECT for row in graded])),
+            "errors": 1 - len(graded) / len(live),
+            "length": float(np.mean([row.own.sum() for row in live])),
+            "truncated": float(np.mean([not row.finished for row in live])),
+            "flat_groups": 1 - sum(spread.values()) / max(1, len(spread)),
+            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.own] for row in live  # type: ignore[index]
+                                                      if row.old_logps is not None])))}
+
+
+def _keep_samples(session: Session, rows: list[Row]) -> None:
+    log = session.config.log
+    if not log.samples or (session.step - 1) % log.samples_every:
+        return
+    for row in [row for row in rows if row.kind == "rollout" and row.at == "live"][:log.samples]:
+        session.folder.sample({"step": session.step, **_facts(row.problem), "completion": row.text,
+                               "reward": row.reward, "verdict": row.verdict.value if row.verdict else None})
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    return {"problem_id": problem.id, "prompt": problem.prompt, "answer": problem.answer,
+            "difficulty": problem.difficulty}
+
+
+def _warn(session: Session, metrics: Metrics) -> None:
+    for text in session.method.warnings(metrics):
+        if text not in session.said:
+            session.said.add(text)
+            session.event("warning", text=text)
+
+
+def look(session: Session) -> None:
+    """Accuracy on the validation set; the best weights so far are kept."""
+    session.display.state("validating")
+    problems = session.data.splits.validation[:session.config.eval.problems]
+    found = _measure(session, problems, 0)
+    found.pop("correct")
+    session.event("eval", split="validation", **found)
+    if session.step and found["accuracy"] > session.best.get("accuracy", -1.0):
+        session.best = {"step": session.step, "accuracy": found["accuracy"]}
+        checkpoint.save_model(session.policy, session.chat.tokenizer, session.path / "best")
+
+
+def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
+    config, roll = session.config, session.roll
+    limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    with session.policy.at("live") as live:
+        return measure(live if model is None else model, roll.engine, session.chat, roll.grader, problems, limit,
+                       samples, config.eval.temperature, config.seed)
+
+
+def save(session: Session) -> None:
+    session.display.state("saving")
+    checkpoint.save(session.path, session.step, session.policy, {
+        "method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
+        "best": session.best, "said": sorted(session.said)})
+    session.folder.set_status("running")
+
+
+def finish(session: Session) -> None:
+    """The final and the best weights, both measured on the test set."""
+    session.display.state("testing")
+    checkpoint.save_model(session.policy, session.chat.tokenizer, session.path / "final")
+    result = {"final": {"step": session.step, **_test(session)}}
+    best = session.best.get("step")
+    if best == session.step:
+        result["best"] = result["final"]
+    elif best is not None:
+        named = session.config.model.model_copy(update={"name_or_path": str(session.path / "best"), "revision": None})
+        result["best"] = {"step": best, **_test(session, load_model(named))}
+    session.folder.write_result(result)
+
+
+def _test(session: Session, model: Any = None) -> dict[str, Any]:
+    splits, samples = session.data.splits, session.config.eval.samples
+    found = _measure(session, splits.test, samples, model)
+    if splits.hard:
+        hard = _measure(session, splits.hard, samples, model)
+        found["hard"] = {key: value for key, value in hard.items() if key != "correct"}
+    return found
+
+
+@contextmanager
+def _stoppable(session: Session) -> Iterator[None]:
+    """Ctrl-C (or SIGTERM) lets the step end, saves and stops; a second one stops at once, at the last checkpoint."""
+    def handler(number: int, frame: Any) -> None:
+        if session.stop:
+            raise Interrupted(session.path)
+        session.stop = True
+        session.display.say("stopping after this step; once more to stop at once")
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
