@@ -31,7 +31,7 @@ class ModelConfig(Strict):
     lora_alpha: Rate = 16.0
     lora_modules: str = ""  # regular expression of linear layers; empty: all of them
     gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers picks for the model
 
 
 class ToyOptions(Strict):
@@ -88,7 +88,7 @@ class RolloutConfig(Strict):
 class OptimConfig(Strict):
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-6
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.999])
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Rate | None = 1.0  # global norm; null in JSON / left at a huge value to switch off
@@ -205,7 +205,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
             node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
             if not isinstance(node, dict | list):
                 raise UserError(f"override {item!r}: {parent} is a value, not a table")
-        node[int(last) if isinstance(node, list) else last] = parsed
+        place: Any = int(last) if isinstance(node, list) else last
+        node[place] = parsed
     except (ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
@@ -215,7 +216,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
 def _explain(error: ValidationError) -> str:
     """Pydantic's first complaint as one line: the dotted key, what is wrong, and the nearest valid key."""
     first = error.errors()[0]
-    location = [part for part in first["loc"] if part not in {"sft", "grpo", "alternate", "joint", "bridge", "sequence"}]
+    tags = {model.model_fields["name"].default for model in typing.get_args(MethodOptions)}
+    location = [part for part in first["loc"] if part not in tags]
     dotted = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         known = _keys_at([str(part) for part in first["loc"][:-1]])
@@ -225,7 +227,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{dotted!r} is missing"
     if first["type"] == "union_tag_invalid":
-        return f"method.name: {first['ctx']['tag']!r} is not a method; one of {first['ctx']['expected_tags']}"
+        context = first.get("ctx", {})
+        return f"method.name: {context.get('tag')!r} is not a method; one of {context.get('expected_tags')}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in {"value_error", "union_tag_not_found"} else f" (got {first['input']!r})"
     return f"{dotted + ': ' if dotted else ''}{message}{value}"
@@ -241,7 +244,8 @@ def _keys_at(location: list[str]) -> list[str]:
         if tagged:
             models = tagged
         else:
-            models = [inner for m in models if part in m.model_fields for inner in _models(m.model_fields[part].annotation)]
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            models = [inner for field in fields for inner in _models(field.annotation)]
     return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
 
 

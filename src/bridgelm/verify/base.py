@@ -1,0 +1,117 @@
+"""The verifier of a run: one grader of answers and the user's reward functions, combined into rewards and verdicts.
+
+reward  = 1 or 0 by the grader + the weighted sum of the functions (None is "no opinion" and adds nothing)
+verdict = the grader's. With verifier = "none" the functions decide: correct if the reward is over half of the weight
+          that had an opinion, so that functions of range [0, 1] are read as "more right than wrong".
+A fault of the grader or of a function is an ERROR: counted and left out of its group, never scored as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from bridgelm.config import RewardConfig
+from bridgelm.types import Grade, Problem, Verdict
+from bridgelm.verify.functions import RewardFunction, load_function
+
+
+class Verifier(Protocol):
+    """Grades each text as an answer to the problem at its side. Works from any thread; close it, or use `with`.
+
+    `counts` are totals by kind (graded, correct, wrong, error, exhausted, ...); `last_error` describes a fault."""
+
+    @property
+    def counts(self) -> Counter[str]: ...
+    @property
+    def last_error(self) -> str: ...
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Verifier: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Judge(Protocol):
+    """A grader of answers alone: verdicts, no rewards."""
+
+    @property
+    def counts(self) -> Counter[str]: ...
+    @property
+    def last_error(self) -> str: ...
+    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]: ...
+    def close(self) -> None: ...
+
+
+def build_verifier(reward: RewardConfig) -> Verifier:
+    """Workers start with the first answer; a function that cannot be loaded is a UserError now."""
+    functions = [load_function(spec) for spec in reward.functions]
+    return Combined(_judge(reward), functions, reward.weights or [1.0] * len(functions))
+
+
+def _judge(reward: RewardConfig) -> Judge | None:
+    if reward.verifier == "toy":
+        from bridgelm.verify.toy import ToyJudge
+
+        return ToyJudge()
+    if reward.verifier == "exact":
+        from bridgelm.verify.exact import ExactJudge
+
+        return ExactJudge()
+    if reward.verifier == "math":
+        from bridgelm.verify.math import MathJudge
+
+        return MathJudge(reward.time_limit)
+    return None
+
+
+class Combined:
+    """The Verifier of every run."""
+
+    def __init__(self, judge: Judge | None, functions: Sequence[RewardFunction], weights: Sequence[float]):
+        self._judge, self._functions, self._weights = judge, functions, weights
+        self.counts: Counter[str] = Counter()
+        self.last_error = ""
+
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
+        assert len(problems) == len(texts), "one problem for each text"
+        if not problems:
+            return []
+        verdicts = self._judge.verdicts(problems, texts) if self._judge else None
+        scores = [function(problems, texts) for function in self._functions]
+        grades = [self._combine(verdicts[i] if verdicts else None, [s[i] for s in scores]) for i in range(len(texts))]
+        self._count(grades)
+        return grades
+
+    def _combine(self, verdict: Verdict | None, scores: list[float | None]) -> Grade:
+        given = [(weight, score) for weight, score in zip(self._weights, scores, strict=True) if score is not None]
+        reward = float(sum(weight * score for weight, score in given)) + (verdict is Verdict.CORRECT)
+        if verdict is Verdict.ERROR or not math.isfinite(reward):  # a failed function scores nan
+            return Grade(0.0, Verdict.ERROR)
+        if verdict is None:
+            if not given:  # nobody had an opinion
+                return Grade(0.0, Verdict.ERROR)
+            half = 0.5 * sum(weight for weight, _ in given if weight > 0)
+            verdict = Verdict.CORRECT if reward > half else Verdict.WRONG
+        return Grade(reward, verdict)
+
+    def _count(self, grades: Sequence[Grade]) -> None:
+        totals = Counter(self.counts)
+        totals["graded"] += len(grades)
+        totals.update(grade.verdict.value for grade in grades)
+        if self._judge:
+            totals.update({kind: n - totals[kind] for kind, n in self._judge.counts.items()})
+        self.counts = totals
+        faults = [self._judge.last_error if self._judge else "", *(function.last_error for function in self._functions)]
+        self.last_error = next((fault for fault in faults if fault), "")
+
+    def close(self) -> None:
+        if self._judge:
+            self._judge.close()
+
+    def __enter__(self) -> Combined:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
