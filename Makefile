@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types clean install
+.PHONY: help demo test lint types learn study clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
+	@echo "make learn  every toy recipe learns (about 15 minutes; writes results/learn.json)"
+	@echo "make study  all methods, families and layouts, 5 seeds (hours; goes on where it stopped; writes results/study)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
 
 # Two stamps: the demo needs no development tools. An existing .venv is kept and brought up to date.
@@ -39,6 +41,13 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright
+
+learn: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/learn
+
+study: $(VENV)/.installed
+	$(BIN)/python benchmarks/study.py run
+	$(BIN)/python benchmarks/study.py readme
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,102 @@
+"""BridgeLM trains reasoning language models on demonstrations and verifiable rewards at once, and measures which mix
+your data needs. Everything the command line does is here too; importing the package loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType  # by its name: `types` will be bridgelm.types here
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridgelm.config import RunConfig, load_config
+    from bridgelm.errors import UserError
+    from bridgelm.runs import Run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "evaluate", "export", "load_config", "report",
+           "train"]
+
+_HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
+
+
+def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, *, resume: str | Path | None = None,
+          quiet: bool = False) -> Run:
+    """Train as `config` says (a RunConfig, a dict of the same keys, or a TOML file), or go on with the run folder
+    `resume`."""
+    from bridgelm import training
+    from bridgelm.preflight import ready
+
+    if (config is None) == (resume is None):
+        raise import_module("bridgelm.errors").UserError("train: give either a configuration or a run to resume")
+    if resume is not None:
+        return training.resume(Path(resume), quiet=quiet)
+    assert config is not None
+    return training.train(ready(_as_config(config)), quiet=quiet)
+
+
+def evaluate(run_or_model: str | Path, *, config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+             split: str = "test", samples: int = 0, which: str = "final") -> dict[str, Any]:
+    """Greedy accuracy with its interval, and with `samples` = k also avg@k and pass@k. A model that is no run folder
+    takes its data and reward from `config`."""
+    from bridgelm.evaluation import evaluate_run
+
+    given = {} if config is None else {"config": _as_config(config)}
+    return evaluate_run(run_or_model, split=split, samples=samples, which=which, **given)
+
+
+def export(run: str | Path, out: str | Path, *, which: str = "final") -> Path:
+    """Write the run's model, merged, as an ordinary Hugging Face folder."""
+    from bridgelm import checkpoint
+
+    return checkpoint.export(Path(run), Path(out), which=which)
+
+
+def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3,
+            jobs: int | None = None, out: str | Path | None = None, *, overrides: Sequence[str] = (),
+            quiet: bool = False) -> Path:
+    """Train what is missing of `methods` x `seeds`, all on the base's model and data, and write the comparison.
+    A method is one of `bridgelm methods`, or the name or path of a recipe beside `base`."""
+    from bridgelm.preflight import check_static
+
+    inner = import_module("bridgelm.compare")
+    for config in inner.resolve(base, methods, overrides).values():
+        check_static(config)
+    return inner.compare(base, methods, seeds, jobs, out, overrides=overrides, quiet=quiet)
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None) -> Path:
+    """Write the page about one or more run folders; `base` names the method that the others are compared with."""
+    return import_module("bridgelm.report").report(runs, out, base=base)
+
+
+def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    from bridgelm.config import RunConfig, load_config, make_config
+
+    if isinstance(config, RunConfig):
+        return config
+    return load_config(config) if isinstance(config, str | Path) else make_config(dict(config))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bridgelm' has no attribute {name!r}")
+    return getattr(import_module(f"bridgelm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`bridgelm.compare` and `bridgelm.report` stay functions, although importing the modules of the same names
+    would put the modules in their place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

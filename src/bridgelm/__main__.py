@@ -1,0 +1,7 @@
+"""`python -m bridgelm` is `bridgelm`."""
+
+import sys
+
+from bridgelm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,245 @@
+"""The command line. Each command imports what it needs when it runs, so that `check` and `show` are instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bridgelm import __version__
+from bridgelm.errors import UserError
+
+EXAMPLES = """examples:
+  bridgelm train recipes/toy/bridge.toml seed=1
+  bridgelm train --resume runs/bridge
+  bridgelm compare recipes/toy/bridge.toml --methods bridge,grpo,cold_start --seeds 3
+  bridgelm init my.toml
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other mistake of the user: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "Train on demonstrations and verifiable rewards at once, and see which mix of the two your data needs."
+    parser = Parser(prog="bridgelm", description=about, epilog=EXAMPLES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"bridgelm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    _add_training(commands)
+    _add_reading(commands)
+    return parser
+
+
+def _add_training(commands: Any) -> None:
+    train = _command(commands, "train", run_train, "train as a TOML file says, or go on with an interrupted run")
+    train.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the run's TOML file")
+    _takes_overrides(train)
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, exactly where it stopped")
+    train.add_argument("--quiet", action="store_true", help="no progress display")
+
+    compare = _command(commands, "compare", run_compare, "train what is missing of several methods, and compare them")
+    compare.add_argument("file", type=Path, metavar="FILE", help="the TOML file that all methods share")
+    _takes_overrides(compare)
+    compare.add_argument("--methods", type=_names, required=True, metavar="A,B,...",
+                         help="methods, or recipes that lie beside FILE")
+    compare.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds of each method (default 3)")
+    compare.add_argument("--jobs", type=_count, metavar="N",
+                         help="runs at the same time (default: one a core; 1 on a GPU)")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="where runs and report go (default runs/compare-NAME)")
+    compare.add_argument("--quiet", action="store_true", help="no progress display and no table")
+
+    evaluate = _command(commands, "eval", run_eval, "measure a run or a model on held-out problems")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or a Hugging Face folder or hub name")
+    evaluate.add_argument("--config", type=Path, metavar="FILE", help="data and reward, for a model that is no run")
+    evaluate.add_argument("--split", choices=["test", "validation", "train", "hard"], default="test")
+    evaluate.add_argument("--samples", type=_count, default=0, metavar="K", help="also avg@k and pass@k from K samples")
+    _takes_which(evaluate)
+
+    export = _command(commands, "export", run_export, "write a run's model as a plain Hugging Face folder")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("out", type=Path, metavar="OUT")
+    _takes_which(export)
+
+
+def _add_reading(commands: Any) -> None:
+    report = _command(commands, "report", run_report, "write one HTML page about one or more runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report for one run, else ./report")
+    report.add_argument("--base", metavar="METHOD", help="what the others are compared with (default: BRIDGE)")
+
+    check = _command(commands, "check", run_check, "find mistakes in a TOML file before any model is loaded")
+    check.add_argument("file", type=Path, metavar="FILE")
+    _takes_overrides(check)
+    check.add_argument("--data", action="store_true", help="also read the data and the tokenizer")
+
+    _command(commands, "methods", run_methods, "list the methods")
+    show = _command(commands, "show", run_show, "a method's equation, options, their sources, and its traps")
+    show.add_argument("name", metavar="NAME")
+    init = _command(commands, "init", run_init, "write a commented starter file for your own model and data")
+    init.add_argument("path", nargs="?", type=Path, default=Path("bridgelm.toml"), metavar="PATH")
+
+
+def _command(commands: Any, name: str, act: Callable[..., None], help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(act=act)
+    return parser
+
+
+def _takes_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, e.g. optim.lr=2e-6")
+
+
+def _takes_which(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--which", choices=["final", "best"], default="final",
+                        help="the last weights, or the best on validation (default final)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        raise SystemExit(0)
+    # argparse ends a list of positionals at the first option; overrides may stand behind options too.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r} of {args.command}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from bridgelm import preflight
+    from bridgelm.config import load_config
+
+    if args.resume is not None:
+        if args.file is not None:
+            raise UserError("train: --resume goes on with the run's own configuration; leave out FILE and key=value")
+        if not (args.resume / "config.json").is_file():
+            raise UserError(f"{args.resume}: not a run folder (no config.json in it)")
+        from bridgelm import training
+
+        run = training.resume(args.resume, quiet=args.quiet)
+    else:
+        if args.file is None:
+            raise UserError("train: name a TOML file, or --resume RUN; `bridgelm init` writes a starter file")
+        config = preflight.ready(load_config(args.file, args.overrides))
+        from bridgelm import training
+
+        run = training.train(config, quiet=args.quiet)
+    print(f"{run}\nnext: bridgelm report {run.path}   or   bridgelm export {run.path} OUT")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    if args.config is not None and (Path(args.model) / "run.json").is_file():
+        raise UserError(f"eval: the run {args.model} has data and reward of its own; leave out --config")
+    result = bridgelm.evaluate(args.model, config=args.config, split=args.split, samples=args.samples, which=args.which)
+    print(format_result(result))
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Figures of one evaluation, a line each."""
+    low, high = result["interval"]
+    lines = [f"accuracy   {result['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f}, {result['n']} problems)"]
+    if "hard" in result:
+        lines.append(f"hard       {result['hard']['accuracy']:.3f}  ({result['hard']['n']} problems)")
+    if result.get("avg_k") is not None:
+        lines.append(f"avg@{result['k']:<6} {result['avg_k']:.3f}")
+    lines += [f"pass@{k:<5} {value:.3f}" for k, value in (result.get("pass_k") or {}).items()]
+    lines += [f"difficulty {key:<5} {accuracy:.3f}  ({n})" for key, (accuracy, n) in result["by_difficulty"].items()]
+    lines.append(f"length     {result['length']:.1f} tokens, {result['truncated']:.1%} cut at the limit")
+    return "\n".join(lines)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    page = bridgelm.compare(args.file, args.methods, args.seeds, args.jobs, args.out, overrides=args.overrides,
+                            quiet=args.quiet)
+    print(f"report: {page}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    print(f"report: {bridgelm.report(args.runs, args.out, base=args.base)}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    print(bridgelm.export(args.run, args.out, which=args.which))
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from bridgelm import preflight
+    from bridgelm.config import load_config
+
+    config = preflight.ready(load_config(args.file, args.overrides))
+    print(f"{args.file}: nothing wrong found\n{preflight.summary(config)}")
+    if args.data:
+        from bridgelm.cli_data import check_data
+
+        print(check_data(config))
+
+
+def run_methods(args: argparse.Namespace) -> None:
+    from bridgelm import methods_info
+
+    print(methods_info.overview())
+
+
+def run_show(args: argparse.Namespace) -> None:
+    from bridgelm import methods_info
+
+    print(methods_info.describe(args.name))
+
+
+def run_init(args: argparse.Namespace) -> None:
+    if args.path.exists():
+        raise UserError(f"{args.path}: exists already; name another file: bridgelm init PATH")
+    try:
+        args.path.write_text(Path(__file__).with_name("starter.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{args.path}: cannot be written ({error.strerror})") from None
+    print(f"wrote {args.path}\nnext: change the lines marked <--, then  bridgelm check {args.path} --data")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        args.act(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        # Training stops with a checkpoint and says where it lies; anything else has nothing to go on with.
+        path = stop.args[0] if stop.args else None
+        print(f"interrupted; go on with: bridgelm train --resume {path}" if path else "interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `bridgelm methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

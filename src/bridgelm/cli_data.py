@@ -1,0 +1,28 @@
+"""`bridgelm check --data`: the data and the tokenizer are read as a run would read them, and no model is."""
+
+from __future__ import annotations
+
+from bridgelm import methods_info
+from bridgelm.chat import load_chat
+from bridgelm.config import RunConfig
+from bridgelm.data import Data, check_lengths, load_splits
+from bridgelm.errors import UserError
+
+
+def check_data(config: RunConfig) -> str:
+    """What was found, in a few lines."""
+    chat = load_chat(config.model)
+    splits = check_lengths(load_splits(config), chat, config)
+    facts = Data(splits, config.seed).facts()
+    for need in sorted(methods_info.needs_of(config.method) - facts):
+        raise UserError(f"method {config.method.name}: the data lacks {methods_info.remedy(need)}")
+    lines = []
+    for role in ("train", "demos", "validation", "test", "hard"):
+        problems = getattr(splits, role)
+        if not problems:
+            continue
+        prompt = max(len(chat.prompt_ids(problem)) for problem in problems)
+        traces = [int(chat.demo_ids(p, demo)[1].sum()) for p in problems for demo in p.demos]
+        line = f"  {role:<11}{len(problems)} problems, prompts of at most {prompt} tokens"
+        lines.append(line + (f", {len(traces)} demonstrations of at most {max(traces)}" if traces else ""))
+    return "\n".join([*lines, *(f"  note: {note}" for note in splits.notes)])

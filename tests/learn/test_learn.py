@@ -1,0 +1,45 @@
+"""Every toy recipe learns: the tier that shows what unit tests cannot. `make learn` runs it and writes results/learn.json."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+import bridgelm
+from bridgelm.config import load_config
+from bridgelm.metrics import git_commit, versions
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "results" / "learn.json"
+RECIPES = sorted((ROOT / "recipes" / "toy").glob("*.toml"))
+GAIN = 0.10  # over the base on the validation set, by the end
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_method_has_a_recipe() -> None:
+    from bridgelm.methods import METHODS
+
+    assert {load_config(path).method.name for path in RECIPES} == set(METHODS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_learns(recipe: Path, tmp_path: Path) -> None:
+    run = bridgelm.train(load_config(recipe, [f"out={tmp_path}", "threads=1"]), quiet=True)
+    evals = [event["accuracy"] for event in run.evals]
+    assert run.result is not None
+    found = {"base": evals[0], "last": evals[-1], "best": max(evals), "test": run.result["final"]["accuracy"],
+             "steps": run.steps, "seconds": round(run.metrics[-1]["seconds"], 1)}
+    record(recipe.stem, found)
+    assert evals[-1] > evals[0] + GAIN, found
+
+
+def record(name: str, found: dict[str, float]) -> None:
+    old = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    recipes = {**old.get("recipes", {}), name: found}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
+                                  "command": "make learn", "recipes": dict(sorted(recipes.items()))}, indent=1) + "\n")

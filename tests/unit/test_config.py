@@ -1,0 +1,170 @@
+"""The configuration: what a TOML file may say, what overrides and presets do, and that each mistake names its fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bridgelm.config import RunConfig, load_config, make_config, stage_steps
+from bridgelm.errors import UserError
+from bridgelm.options import BRIDGE_PRESETS, BridgeOptions, SequenceOptions
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "toy"
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    base = {"name": "x", "steps": 10, "model": {"name_or_path": "toy:base"}, "data": {"train": "toy:hops"},
+            "reward": {"verifier": "toy"}, "method": {"name": "sft"}}
+    return {**base, **changes}
+
+
+def message(data: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        make_config(data, "here.toml")
+    text = str(caught.value)
+    assert text.startswith("here.toml: ")
+    assert "\n" not in text
+    return text
+
+
+def test_bridge_presets_fill_in_what_is_left_out() -> None:
+    for preset, values in BRIDGE_PRESETS.items():
+        options = BridgeOptions.model_validate({"preset": preset})
+        assert {key: getattr(options, key) for key in values} == values
+    repaired = BRIDGE_PRESETS["repaired"]
+    assert {key: getattr(BridgeOptions(), key) for key in repaired} == repaired, "the field defaults are the preset's"
+
+
+@pytest.mark.parametrize("preset", ["paper", "repaired"])
+@pytest.mark.parametrize(("key", "value"), [("ratio", "clip"), ("ratio", "truncate"), ("shadow_step", "plain"),
+                                            ("shadow_step", "shared_moments"), ("advantage", "common")])
+def test_an_explicit_key_wins_over_the_preset(preset: str, key: str, value: str) -> None:
+    options = BridgeOptions.model_validate({"preset": preset, key: value})
+    others = {name: word for name, word in BRIDGE_PRESETS[preset].items() if name != key}
+    assert getattr(options, key) == value
+    assert {name: getattr(options, name) for name in others} == others
+
+
+def test_the_written_configuration_of_a_preset_reads_back_as_itself() -> None:
+    config = make_config(raw(method={"name": "bridge", "preset": "paper", "ratio": "truncate", "lambda": 0.3}))
+    again = make_config(json.loads(json.dumps(config.resolved())))
+    assert again == config
+    assert again.resolved()["method"]["lambda"] == 0.3
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_lambda_has_a_closed_range(value: float) -> None:
+    config = make_config(raw(method={"name": "bridge", "lambda": value}))
+    assert config.method.lam == value  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.000001, float("nan"), float("inf")])
+def test_lambda_outside_its_range_is_refused(value: float) -> None:
+    assert "method.lambda" in message(raw(method={"name": "bridge", "lambda": value}))
+
+
+@pytest.mark.parametrize(("steps", "total", "expected"), [([4, 6], 10, [4, 6]), ([4, None], 10, [4, 6]),
+                                                          ([None, 1], 10, [9, 1]), ([None], 7, [7])])
+def test_stage_steps_add_up(steps: list[int | None], total: int, expected: list[int]) -> None:
+    assert stage_steps(stages(steps), total) == expected
+
+
+@pytest.mark.parametrize("steps", [[4, 5], [4, 7], [None, None], [10, None], [11, None]])
+def test_stage_steps_that_do_not_add_up_are_refused(steps: list[int | None]) -> None:
+    with pytest.raises(ValueError, match=r"method\.stages"):
+        stage_steps(stages(steps), 10)
+    assert "method.stages" in message(raw(method=stages(steps).model_dump()))
+
+
+def stages(steps: list[int | None]) -> SequenceOptions:
+    return SequenceOptions.model_validate({"stages": [{"method": {"name": "sft"}, "steps": n} for n in steps]})
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"stepz": 3}, ["unknown key 'stepz'", "did you mean 'steps'?"]),
+    ({"optim": {"learning_rate": 1e-3}}, ["unknown key 'optim.learning_rate'", "known keys: ", "lr"]),
+    ({"rollout": {"promts": 4}}, ["unknown key 'rollout.promts'", "'prompts'"]),
+    ({"method": {"name": "bridge", "lamda": 0.5}}, ["unknown key 'method.lamda'", "'lambda'"]),
+    ({"method": {"name": "grpo", "rl": {"clip_hi": 0.3}}}, ["unknown key 'method.rl.clip_hi'", "'clip_high'"]),
+    ({"method": {"name": "brdge"}}, ["method.name", "'brdge'", "'bridge'"]),
+    ({"method": {"name": "sequence", "stages": [{"method": {"name": "sft"}, "step": 3}]}},
+     ["stages.0.step", "'steps'"]),
+    ({"steps": "ten"}, ["steps", "integer", "'ten'"]),
+    ({"steps": 10.0}, ["steps", "integer"]),
+    ({"steps": True}, ["steps"]),
+    ({"steps": 0}, ["steps", "1"]),
+    ({"optim": {"lr": "1e-6"}}, ["optim.lr", "number"]),
+    ({"rollout": {"group": 1}}, ["rollout.group", "2"]),
+    ({"eval": {"every": -1}}, ["eval.every"]),
+    ({"reward": {"verifier": "none"}, "data": {"train": "a.jsonl"}}, ["reward.verifier", "reward.functions"]),
+    ({"reward": {"verifier": "math"}}, ["'toy'", "go together"]),
+    ({"reward": {"verifier": "toy", "functions": ["a.py:f"], "weights": [1.0, 2.0]}}, ["reward.weights"]),
+    ({"model": {}}, ["'model.name_or_path' is missing"]),
+])
+def test_mistakes_name_the_key_and_the_fix(changes: dict[str, Any], words: list[str]) -> None:
+    text = message(raw(**changes))
+    missing = [word for word in words if word not in text]
+    assert not missing, text
+
+
+def test_a_missing_table_is_named() -> None:
+    data = raw()
+    del data["data"]
+    assert "'data' is missing" in message(data)
+
+
+def test_overrides() -> None:
+    config = load_config(RECIPES / "cold_start.toml", [
+        "steps=90", "optim.lr=2e-5", "name=other", "rollout.mask_overlong=true", "optim.betas=[0.8, 0.9]",
+        "method.stages.0.steps=30", "data.toy.layout=paired", 'model.system_prompt="a=b"'])
+    assert (config.steps, config.optim.lr, config.name, config.rollout.mask_overlong) == (90, 2e-5, "other", True)
+    assert config.optim.betas == [0.8, 0.9]
+    assert config.data.toy.layout == "paired"
+    assert config.model.system_prompt == "a=b"
+    assert isinstance(config.method, SequenceOptions)
+    assert stage_steps(config.method, config.steps) == [30, 60]
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("steps", "section.key=value"), ("optim.lrr=1", "'lr'"), ("steps.x=1", "is a value"), ("optim.lr=fast", "optim.lr"),
+    ("method.stages.7.steps=1", "stages"), ("method.stages.first.steps=1", "stages"), ("=3", "unknown key"),
+])
+def test_wrong_overrides(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(RECIPES / "cold_start.toml", [override])
+    assert words in str(caught.value)
+
+
+def test_file_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = = 3")
+    with pytest.raises(UserError, match=r"broken\.toml: not valid TOML.*line 1"):
+        load_config(broken)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.toml"):
+        load_config(binary)
+    array = tmp_path / "array.json"
+    array.write_text("[1]")
+    with pytest.raises(UserError, match=r"array\.json"):
+        load_config(array)
+
+
+def test_the_name_is_the_file_s_unless_it_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    text = (RECIPES / "sft.toml").read_text()
+    file.write_text(text.replace('name = "sft"\nsteps', "steps"))
+    assert load_config(file).name == "mine"
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = make_config(raw())
+    with pytest.raises(ValidationError):
+        config.steps = 3  # type: ignore[misc]
+    assert isinstance(config, RunConfig)
