@@ -140,6 +140,10 @@ class Chat:
         ids = np.concatenate([prompt, np.asarray([*written, self.eos_id], dtype=np.int64)])
         return ids, np.arange(len(ids)) >= len(prompt)
 
+    def turn(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The whole of the assistant's turn, as a grader reads it: with the think block that the prompt opened."""
+        return ("<think>" if self.opens_think else "") + self.text(ids)
+
     def text(self, ids: Sequence[int] | np.ndarray) -> str:
         """What the ids say, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True,

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridgelm.chat import load_tokenizer
-from bridgelm.config import load_config
+from bridgelm.chat import Chat
 from bridgelm.errors import UserError
 from bridgelm.metrics import read_json, write_json
 from bridgelm.policy import Policy
@@ -67,19 +66,28 @@ def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> 
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
+def seed_generators(seed: int) -> None:
+    """The global generators at the start of a run, so that equal seeds are equal runs whatever the process did before."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _random_state() -> dict[str, Any]:
     """Of the global generators. BridgeLM draws from none of them; a user's reward function may."""
     name, keys, *rest = np.random.get_state()
     return {"python": list(random.getstate()), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
-def save_model(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """The merged live model as a plain Hugging Face folder, swapped in as a whole."""
+def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
+    """The merged live model as a plain Hugging Face folder, swapped in as a whole. It stops where training stopped."""
     draft = folder.with_name(f".{folder.name}-draft")
     shutil.rmtree(draft, ignore_errors=True)
     with policy.at("live") as model:
+        stops, pad = sorted(chat.eos_ids), chat.pad_id
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = stops, pad
         model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
+    chat.tokenizer.save_pretrained(draft)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
@@ -102,12 +110,7 @@ def export(run_path: str | Path, out: str | Path, which: str = "final") -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; choose another folder")
     shutil.copytree(source, out, dirs_exist_ok=True)
-    if not (out / "generation_config.json").exists():
-        from transformers import AutoConfig, GenerationConfig
-
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(out)
     (out / "README.md").write_text(_card(run, which), encoding="utf-8")
-    load_tokenizer(load_config(run / "config.json").model.model_copy(update={"name_or_path": str(out)}))
     return out
 
 

@@ -41,7 +41,8 @@ def diagnose(rows: Sequence[Row], shadow: Mapping[int, np.ndarray], low: float, 
     if not logs:
         return {}
     rewards, ratios = [], []
-    for group in credit.groups_of(rows):
+    for everyone in credit.groups_of(rows):
+        group = [i for i in everyone if rows[i].finished or rows[i].streams]  # not those masked for their length
         # Rows of groups without spread were not passed through the shadow: their leave-one-out advantage is 0.
         rewards.append(np.array([rows[i].reward for i in group], dtype=np.float64))
         ratios.append(np.array([logs[i].sum() if i in logs else 0.0 for i in group]))

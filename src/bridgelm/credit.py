@@ -23,7 +23,8 @@ def groups_of(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def centre(rewards_G: np.ndarray) -> np.ndarray:
-    return rewards_G - rewards_G.mean()
+    """Exactly zero for equal rewards: the mean of six times 0.1 is not quite 0.1."""
+    return rewards_G - rewards_G.mean() if np.ptp(rewards_G) else np.zeros_like(rewards_G)
 
 
 def zscore(rewards_G: np.ndarray, eps: float = 1e-6) -> np.ndarray:
@@ -33,7 +34,7 @@ def zscore(rewards_G: np.ndarray, eps: float = 1e-6) -> np.ndarray:
 def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
     """Each reward less the mean of the others: the baseline is independent of the sample, so products stay unbiased."""
     n = len(rewards_G)
-    return (rewards_G - rewards_G.mean()) * n / (n - 1)
+    return centre(rewards_G) * n / (n - 1)
 
 
 def common_scale(rows: Sequence[Row], eps: float = 1e-6) -> float:

@@ -29,7 +29,7 @@ def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Se
     """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out."""
     requests = [Request(chat.prompt_ids(p)) for p in problems]
     completions = engine.generate(model, requests, Sampling(max_new_tokens, 0.0))
-    grades = grader.grade(list(problems), [chat.text(c.ids) for c in completions])
+    grades = grader.grade(list(problems), [chat.turn(c.ids) for c in completions])
     valid = [i for i, grade in enumerate(grades) if grade.verdict is not Verdict.ERROR]
     right = {i: int(grades[i].verdict is Verdict.CORRECT) for i in valid}
     hits = sum(right.values())
@@ -60,7 +60,7 @@ def _sampled(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: S
     repeated = [problem for problem in problems for _ in range(samples)]
     requests = [Request(chat.prompt_ids(p), (seed, SALT, i)) for i, p in enumerate(repeated)]
     completions = engine.generate(model, requests, sampling)
-    grades = grader.grade(repeated, [chat.text(c.ids) for c in completions])
+    grades = grader.grade(repeated, [chat.turn(c.ids) for c in completions])
     hits = np.array([g.verdict is Verdict.CORRECT for g in grades]).reshape(len(problems), samples).sum(1)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= samples]
     pass_k = {str(k): float(np.mean([stats.pass_at_k(samples, int(c), k) for c in hits])) for k in ks}

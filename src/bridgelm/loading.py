@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(config: ModelConfig) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -29,12 +29,14 @@ def load_model(config: ModelConfig) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True,
-            trust_remote_code=False, attn_implementation=config.attention)
+            trust_remote_code=False, attn_implementation=None if config.attention == "auto" else config.attention)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model ({reason})") from None
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Named anew in transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()  # checkpointing is skipped in eval mode; dropout is switched off below
     else:
         model.eval()
@@ -43,4 +45,6 @@ def load_model(config: ModelConfig) -> Any:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    if model.generation_config is None:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     return model.to(device)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bridgelm import batching, grads, optim
 from bridgelm.config import OptimConfig
+from bridgelm.errors import UserError
 from bridgelm.forward import forward
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, low_rank, trainable
@@ -62,6 +63,7 @@ class Policy:
         self.groups: dict[str, Group] = {}
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
+        self.lora = lora
         self._drifted = False  # whether frozen weights differ from those that the model was loaded with
         if lora:
             self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
@@ -81,7 +83,7 @@ class Policy:
     def _low_rank(self, group: str, rank: int, alpha: float, pattern: str) -> Group:
         names = self.linear_weights(pattern)
         if not names:
-            raise ValueError(f"no linear layer matches {pattern!r}")
+            raise UserError(f"no linear layer of the model matches {pattern!r}; see model.lora_modules and method.modules")
         shapes = {name: self.params[name].shape for name in names}
         return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
 
@@ -92,10 +94,14 @@ class Policy:
             self._drifted = True  # a stage before may have moved what is frozen now
             theta = self.groups["theta"]
             for name in w.low:
-                self.frozen[name] = theta.full.pop(name).detach() if name in theta.full else self.frozen[name]
-                theta.low.pop(name, None)
+                if name in theta.low:  # what theta has learnt there stays, in the base that its start is measured from
+                    self.frozen[name] = (self.frozen[name].to(self.master) + theta.delta(name)).to(self.dtype)
+                    for group in (theta, self.groups.get("reference", theta)):
+                        group.low.pop(name, None)
+                elif name in theta.full:
+                    self.frozen[name] = theta.full.pop(name).detach()
             if not theta.flat():
-                raise ValueError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
+                raise UserError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
         self._stale = True
 
     def fork(self, name: str) -> None:
@@ -156,9 +162,13 @@ class Policy:
         if theta.full:  # matrices that only w trained come back to theta
             theta.full |= {name: t.to(self.master).requires_grad_() for name, t in self.frozen.items()}
             self.frozen = {}
+        elif self.lora:  # and so do adapters, at their start
+            theta.low = {name: theta.low.get(name, pair) for name, pair in self._low_rank("theta", *self.lora).low.items()}
         kept = {"theta", "reference"} if keep_reference else {"theta"}
         self.groups = {name: group for name, group in self.groups.items() if name in kept}
         self.optimisers = {n: o for n, o in self.optimisers.items() if keep_optimiser and n == "theta"}
+        for named in self.optimisers.values():
+            named.optimiser.param_groups[0]["params"] = list(theta.flat().values())
         self._drifted, self._stale = bool(w.low) or self._drifted, True
 
     # -- gradients and steps ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Roller:
         with self.policy.at(at) as model:
             completions = self.engine.generate(model, requests, self.sampling, self.policy.ledger)
         self.policy.ledger.rollouts += len(completions)
-        texts = [self.chat.text(c.ids) for c in completions]
+        texts = [self.chat.turn(c.ids) for c in completions]
         grades = self.grader.grade(repeated, texts)
         self._stop_on_errors(grades)
         rows = [self._row(problem, request.prompt, completion, grade, text, self.groups_made + i // size, at)

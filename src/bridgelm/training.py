@@ -126,6 +126,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         method.load(state["method"])
     method.setup(policy)
     folder.truncate_after(state["step"] if state else -1)
+    checkpoint.seed_generators(config.seed)
     if saved and state:
         checkpoint.load_tensors(saved, policy, state)
         data.load(state["data"])
@@ -160,11 +161,11 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
     method, policy, roll, config = session.method, session.policy, session.roll, session.config
     roll.begin(session.step)
     clock = time.perf_counter()
-    rows = method.gather(session.data, roll, session.step)
-    policy.factor = method.rate(session.step)
-    gathered = time.perf_counter()
     found: list[Metrics] = []
     try:
+        rows = method.gather(session.data, roll, session.step)
+        policy.factor = method.rate(session.step)
+        gathered = time.perf_counter()
         for part in split_rows(rows, config.rollout.updates):
             batch = make_batch(part)
             found.append(method.update(policy, replace(batch, stats=method.probe(batch)), session.step))
@@ -226,7 +227,7 @@ def look(session: Session) -> None:
     session.event("eval", split="validation", **found)
     if session.step and found["accuracy"] > session.best.get("accuracy", -1.0):
         session.best = {"step": session.step, "accuracy": found["accuracy"]}
-        checkpoint.save_model(session.policy, session.chat.tokenizer, session.path / "best")
+        checkpoint.save_model(session.policy, session.chat, session.path / "best")
 
 
 def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def save(session: Session) -> None:
 def finish(session: Session) -> None:
     """The final and the best weights, both measured on the test set."""
     session.display.state("testing")
-    checkpoint.save_model(session.policy, session.chat.tokenizer, session.path / "final")
+    checkpoint.save_model(session.policy, session.chat, session.path / "final")
     result = {"final": {"step": session.step, **_test(session)}}
     best = session.best.get("step")
     if best == session.step:

@@ -85,8 +85,12 @@ class FastDecoder:
                 self.keys[index][:, :, self.width - 1] = k[:, :, 0]
                 self.values[index][:, :, self.width - 1] = v[:, :, 0]
                 k, v = self.keys[index][:, :, :self.width], self.values[index][:, :, :self.width]
-            mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=fill and mask is None,
-                                                 scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
+            if fill:
+                mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                                     scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
+            else:  # the query heads that share a key head stand in as queries of it: no key is repeated
+                shared = q.view(batch, k.shape[1], -1, q.shape[-1])
+                mixed = scaled_dot_product_attention(shared, k, v, attn_mask=mask, scale=attention.scaling).view(q.shape)
             hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.body.norm(hidden)

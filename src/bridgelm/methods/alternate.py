@@ -4,7 +4,9 @@
 
 Readings left open by the paper are options: how often the SFT step comes (`every`), one Adam or two, and whether the
 two steps are full or half ones. Two Adams remove the scales of the two losses, and two full steps travel further an
-iteration than joint's one: both alone can explain a difference to joint mixing.
+iteration than joint's one.
+
+Trap: both alone can explain a difference to joint mixing; compare at `half_steps` and with one optimiser as well.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ from bridgelm.data import Data
 from bridgelm.methods.base import Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
-from bridgelm.types import Batch, Live, Metrics, Micro, Row
+from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
+OF_SHADOW = {"pg": "shadow", "kl": "shadow_kl"}  # the shadow's name of each stream of the RL term
 PATIENCE = 50  # steps without a third term before saying so
 
 
@@ -70,9 +71,9 @@ class Bridge(Method):
         shadow = self.shadow_rows(rows, roll, step)
         rows = credited(rows, roll, rl, self.run, scale)
         if self.options.shadow_rollouts == "own":
-            rows += [rename(row, "pg", "shadow") for row in credited(shadow, roll, rl, self.run, scale)]
+            rows += [rename(row, OF_SHADOW) for row in credited(shadow, roll, rl, self.run, scale)]
         else:
-            rows = [copy_stream(row, "pg", "shadow") for row in rows]
+            rows = [copy_streams(row, OF_SHADOW) for row in rows]
         return rows + sft_rows(data, roll, self.run)
 
     def shadow_rows(self, rows: list[Row], roll: Roller, step: int) -> list[Row]:
@@ -82,7 +83,8 @@ class Bridge(Method):
             return []
         problems = list({row.group: row.problem for row in rows}.values())
         sampled = roll(problems, at="shadow")
-        self.honest = float(np.mean([r.reward for r in rows]) - np.mean([r.reward for r in sampled]))
+        joint, alone = ([r.reward for r in part if r.verdict is not Verdict.ERROR] for part in (rows, sampled))
+        self.honest = float(np.mean(joint) - np.mean(alone)) if joint and alone else math.nan
         return sampled
 
     # -- losses ----------------------------------------------------------------------------------------------------
@@ -99,8 +101,8 @@ class Bridge(Method):
             out = {"shadow": losses.pg_clip(live.logp_BT, batch.old_BT, weight, rl.clip_low, rl.clip_high)}
         else:
             out = {"shadow": losses.pg_truncate(live.logp_BT, batch.old_BT, weight, self.options.ratio_cap)}
-        if "kl" in batch:
-            out["kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, batch.weight["kl"])
+        if "shadow_kl" in batch:
+            out["shadow_kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, batch.weight["shadow_kl"])
         return out
 
     # -- the update ------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class Bridge(Method):
         return self.options.resync_every > 0 and step % self.options.resync_every == 0
 
     def shadow_coef(self) -> dict[str, float]:
-        return {"shadow" if name == "pg" else name: c for name, c in rl_coef(self.options.rl).items()}
+        return {OF_SHADOW[name]: c for name, c in rl_coef(self.options.rl).items()}
 
     def lam(self, step: int) -> float:
         o = self.options
@@ -155,7 +157,8 @@ class Bridge(Method):
         """The three terms of w's gradient, how far the shadow goes, and what its log-probs say of the gain."""
         sizes = {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_shadow": grads.norm(shadow.w),
                  "norm_third": grads.norm(gain)}
-        nothing = sizes["norm_third"] <= 1e-3 * max(sizes["norm_rl"], sizes["norm_sft"], 1e-30)
+        least = min(sizes["norm_shadow"], sizes["norm_third"])  # the third term, and the bracket of (3) that it is in
+        nothing = least <= 1e-3 * max(sizes["norm_rl"], sizes["norm_sft"], 1e-30)
         self.vanished = self.vanished + 1 if nothing else 0
         honest, self.honest = self.honest, math.nan
         moves = {"theta_move": policy.optimisers["theta"].moved, "shadow_move": policy.optimisers["shadow"].moved}
@@ -170,10 +173,11 @@ class Bridge(Method):
         """What a user should know about this step, said once by the trainer."""
         out = []
         if self.vanished >= PATIENCE:
-            out.append(f"BRIDGE's third term has been zero for {PATIENCE} steps: the shadow follows theta + w, or both "
-                       "stopped learning; w now only repeats theta's own gradient")
+            out.append(f"BRIDGE's third term has done nothing for {PATIENCE} steps: either it is zero (the shadow sits "
+                       "at its RL optimum or stopped learning; w repeats theta's own gradient), or it cancels the RL "
+                       "term (the shadow is where theta is; w follows SFT alone)")
         theta, shadow = metrics["bridge/theta_move"], metrics["bridge/shadow_move"]
-        if 0 < theta and shadow < 1e-3 * theta:
+        if metrics["bridge/norm_shadow"] > 0 and shadow < 1e-3 * theta:  # no gradient: nothing to say about its step
             out.append("BRIDGE's shadow hardly moves (under a thousandth of theta's step): the cooperative gain is not "
                        "measured against RL; use shadow_step = 'shared_moments'")
         if metrics.get("bridge/ess", 1.0) < cooperation.RELIABLE:
@@ -188,9 +192,9 @@ class Bridge(Method):
         self.vanished = state["vanished"]
 
 
-def copy_stream(row: Row, name: str, to: str) -> Row:
-    return replace(row, streams={**row.streams, to: row.streams[name]}) if name in row.streams else row
+def copy_streams(row: Row, names: Mapping[str, str]) -> Row:
+    return replace(row, streams={**row.streams, **rename(row, names).streams})
 
 
-def rename(row: Row, name: str, to: str) -> Row:
-    return replace(row, streams={to if key == name else key: stream for key, stream in row.streams.items()})
+def rename(row: Row, names: Mapping[str, str]) -> Row:
+    return replace(row, streams={names.get(name, name): stream for name, stream in row.streams.items()})
