@@ -42,7 +42,7 @@ class ToyOptions(Strict):
     wrong: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     reach: Literal["within", "beyond"] = "within"  # whether demonstrations go beyond what the base ever finds
     train_size: Count = 2000
-    demo_size: Count = 400
+    demo_size: Count = 1000
     eval_size: Count = 500
     seed: int = 0  # of the data; the run's own seed does not change it
 

@@ -37,14 +37,8 @@ def leave_one_out(rewards_G: np.ndarray) -> np.ndarray:
     return centre(rewards_G) * n / (n - 1)
 
 
-def common_scale(rows: Sequence[Row], eps: float = 1e-6) -> float:
-    """One divisor for a whole batch: the root of the mean variance within groups (groups without spread included)."""
-    variances = [np.var([rows[i].reward for i in group]) for group in groups_of(rows) if len(group) > 1]
-    return float(np.sqrt(np.mean(variances))) + eps if variances else 1.0
-
-
-def with_advantages(rows: Sequence[Row], std: bool = False, scale: float = 1.0, norm: Norm = "token",
-                    constant: float = 1.0, mask_overlong: bool = False, name: str = "pg") -> list[Row]:
+def with_advantages(rows: Sequence[Row], std: bool = False, norm: Norm = "token", constant: float = 1.0,
+                    mask_overlong: bool = False, name: str = "pg") -> list[Row]:
     """Adds the policy-gradient stream. A zero advantage still counts in the denominator; failed grades do not, nor do
     groups with fewer than two graded samples."""
     out = list(rows)
@@ -52,7 +46,7 @@ def with_advantages(rows: Sequence[Row], std: bool = False, scale: float = 1.0, 
         if len(group) < 2:
             continue
         rewards = np.array([rows[i].reward for i in group], dtype=np.float64)
-        advantages = zscore(rewards) if std else centre(rewards) / scale
+        advantages = zscore(rewards) if std else centre(rewards)
         for i, advantage in zip(group, advantages, strict=True):
             if not (mask_overlong and not rows[i].finished):
                 out[i] = rows[i].with_stream(name, advantage, norm, constant)

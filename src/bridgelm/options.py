@@ -60,8 +60,8 @@ class JointOptions(Strict):
 
 # What each BRIDGE preset sets. `paper` is the literal reading of Algorithm 2; `repaired` mends what cannot work.
 BRIDGE_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"shadow_step": "plain", "ratio": "clip", "advantage": "group_std"},
-    "repaired": {"shadow_step": "shared_moments", "ratio": "truncate", "advantage": "common"},
+    "paper": {"shadow_step": "plain", "ratio": "clip", "rl": {"std": True}},
+    "repaired": {"shadow_step": "shared_moments", "ratio": "truncate"},
 }
 
 
@@ -84,7 +84,6 @@ class BridgeOptions(Strict):
     ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio (`ratio = "truncate"`)
     shadow_step: Literal["shared_moments", "plain"] = "shared_moments"
     ratio: Literal["truncate", "clip"] = "truncate"
-    advantage: Literal["common", "group_std"] = "common"
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +91,16 @@ class BridgeOptions(Strict):
         """A preset fills in what the user left out; an explicit key wins over it."""
         if not isinstance(data, dict):
             return data
-        return {**BRIDGE_PRESETS.get(data.get("preset", "repaired"), {}), **data}
+        preset = BRIDGE_PRESETS.get(data.get("preset", "repaired"), {})
+        nested = {"rl": {**preset["rl"], **data["rl"]}} if "rl" in preset and isinstance(data.get("rl"), dict) else {}
+        return {**preset, **data, **nested}
+
+    @model_validator(mode="after")
+    def _one_advantage_scale(self) -> BridgeOptions:
+        if self.shadow_rollouts == "own" and self.rl.std:
+            raise ValueError("shadow_rollouts = 'own' needs rl.std = false: each policy's advantages would be divided by "
+                             "its own groups' deviations, and w's third term would be the gradient of no gain")
+        return self
 
 
 SingleOptions = SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions

@@ -198,10 +198,11 @@ class Policy:
                 micro = batching.collate(rows, self._wide(), self.device, batch.stats)
                 live = forward(self.model, micro, entropy)
                 values = terms(micro, live)
+                assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
                 parts = {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
                 loss = torch.stack(list(parts.values())).sum()
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is not finite ({ {n: float(v) for n, v in parts.items()} }): "
+                    raise FloatingPointError(f"the loss is not finite ({ {n: float(v.detach()) for n, v in parts.items()} }): "
                                              "stopped before the step")
                 loss.backward()
                 self._drain(((group, out.theta), (w, out.w)))

@@ -92,9 +92,8 @@ def rl_rows(data: Data, roll: Roller, rl: PolicyGradient, run: RunConfig) -> lis
     return credited(roll.groups(data), roll, rl, run)
 
 
-def credited(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig, scale: float = 1.0) -> list[Row]:
-    rows = credit.with_advantages(rows, rl.std, scale, rl.aggregate, run.rollout.max_new_tokens,
-                                  run.rollout.mask_overlong)
+def credited(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig) -> list[Row]:
+    rows = credit.with_advantages(rows, rl.std, rl.aggregate, run.rollout.max_new_tokens, run.rollout.mask_overlong)
     if rl.kl_coef > 0:
         rows = [row.with_stream("kl", 1.0, rl.aggregate, run.rollout.max_new_tokens) if "pg" in row.streams else row
                 for row in roll.reference(rows)]

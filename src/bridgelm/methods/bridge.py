@@ -13,8 +13,9 @@ The last bracket of (3) is the gradient of the cooperative gain J_RL(theta, w) -
 merged. The code minimises losses L = -J, so every `+=` is a descent step and the signs inside the brackets stay.
 
 Our reading: the shadow is persistent, learns from the joint policy's rollouts, and is corrected by token ratios. The
-preset `paper` clips those ratios (PPO), steps the shadow with plain SGD and scales advantages as GRPO does; `repaired`,
-the default, truncates them, gives the shadow theta's second moments, and uses one advantage scale for both policies.
+preset `paper` clips those ratios (PPO), steps the shadow with plain SGD and divides advantages by each group's deviation,
+as GRPO does; `repaired`, the default, truncates them, gives the shadow theta's second moments, and only centres rewards,
+so that advantages have one scale for both policies and the same one as in every other method.
 
 Bias of the truncated token ratio: it stands in for the ratio of the whole prefix and is capped at `ratio_cap`. It is
 exact for answers of one token under the cap; docs/bridge.md works a two-token case.
@@ -34,6 +35,7 @@ import numpy as np
 from torch import Tensor
 
 from bridgelm import cooperation, credit, grads, losses
+from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Grads, Policy
@@ -66,12 +68,10 @@ class Bridge(Method):
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         rows = roll.groups(data)
-        scale = credit.common_scale(rows) if self.options.advantage == "common" else 1.0
-        rl = self.options.rl.model_copy(update={"std": self.options.advantage == "group_std"})
         shadow = self.shadow_rows(rows, roll, step)
-        rows = credited(rows, roll, rl, self.run, scale)
+        rows = credited(rows, roll, self.options.rl, self.run)
         if self.options.shadow_rollouts == "own":
-            rows += [rename(row, OF_SHADOW) for row in credited(shadow, roll, rl, self.run, scale)]
+            rows += [rename(row, OF_SHADOW) for row in credited(shadow, roll, self.options.rl, self.run)]
         else:
             rows = [copy_streams(row, OF_SHADOW) for row in rows]
         return rows + sft_rows(data, roll, self.run)

@@ -1,0 +1,118 @@
+"""`bridgelm compare`: train what is missing of several methods on one model and one data set, then compare them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bridgelm import report_text as text
+from bridgelm.analysis import Comparison, analyse, disagreement
+from bridgelm.compare_runs import Job, train_all
+from bridgelm.config import RunConfig, load_config, make_config
+from bridgelm.errors import UserError
+from bridgelm.metrics import check_sinks
+from bridgelm.progress import clock, short
+from bridgelm.report import report
+from bridgelm.runs import Run
+
+
+def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3,
+            jobs: int | None = None, out: str | Path | None = None, *, overrides: Sequence[str] = (),
+            quiet: bool = False) -> Path:
+    """Writes OUT/comparison.html, .md, .json and OUT/figures; returns the page's path.
+
+    Each of `methods` is a recipe beside `base` (by its name), a path, or the name of a method, which then takes the
+    base's other settings. `base` itself is always in and is what the others are compared with. Finished runs in OUT
+    are kept, unfinished ones go on. `overrides` hold for all methods. `jobs`: runs at once, default one a core.
+    """
+    configs = resolve(base, methods, overrides)
+    first = next(iter(configs))
+    folder = Path(out) if out else Path(configs[first].out) / f"compare-{first}"
+    numbers = range(seeds) if isinstance(seeds, int) else seeds
+    # Seeds outermost: a comparison that is stopped half way has whole pairs.
+    plan = [Job(_run_config(config, label, seed, folder)) for seed in numbers for label, config in configs.items()]
+    check_sinks(configs[first].log.sinks)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_all(plan, jobs or default_jobs(configs[first]), quiet)
+    paths = [job.path for job in plan]
+    page = report(paths, folder, base=first, stem="comparison")
+    if not quiet:
+        show(analyse([Run(path) for path in paths], first))
+    return page
+
+
+def resolve(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str],
+            overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The configurations by label, the base first. All must agree on what a fair comparison holds fixed."""
+    if isinstance(base, str | Path):
+        own, beside = load_config(base, overrides), Path(base).parent
+        label = Path(base).stem
+    else:
+        own, beside = base if isinstance(base, RunConfig) else make_config(dict(base)), None
+        label = own.name
+        if overrides:
+            raise UserError("compare: overrides go with a recipe file; change the configuration itself")
+    configs = {label: own}
+    for item in methods:
+        name = Path(item).stem if item.endswith((".toml", ".json")) else item
+        if name == label:
+            continue
+        if name in configs:
+            raise UserError(f"--methods: {name!r} is named twice; give the recipes different names")
+        configs[name] = _find(item, own, beside, overrides)
+        key = disagreement(own.resolved(), configs[name].resolved())
+        if key:
+            raise UserError(f"--methods: {item!r} has another {key} than {label!r}; a comparison needs the same model, "
+                            "data, reward, rollout and eval")
+    return configs
+
+
+def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[str]) -> RunConfig:
+    if item.endswith((".toml", ".json")):
+        return load_config(item, overrides)
+    sibling = beside / f"{item}.toml" if beside is not None else None
+    if sibling is not None and sibling.is_file():
+        return load_config(sibling, overrides)
+    if item == own.method.name:
+        return own
+    place = f"no recipe {sibling} and " if sibling else ""
+    return make_config({**own.resolved(), "method": {"name": item}}, f"--methods: {place}as a method {item!r}")
+
+
+def _run_config(config: RunConfig, label: str, seed: int, folder: Path) -> RunConfig:
+    """One thread a run unless the recipe says otherwise: runs side by side share the cores."""
+    update = {"name": f"{label}-seed{seed}", "seed": seed, "out": str(folder), "threads": config.threads or 1}
+    return config.model_copy(update=update)
+
+
+def default_jobs(config: RunConfig) -> int:
+    """One a core; one at all where the runs would share a GPU."""
+    on_gpu = config.model.device.startswith("cuda") or (config.model.device == "auto" and shutil.which("nvidia-smi"))
+    return 1 if on_gpu else os.cpu_count() or 1
+
+
+def show(comparison: Comparison, console: Console | None = None) -> None:
+    """The small table at the end."""
+    console = console or Console()
+    table = Table(title="Accuracy in percent, with 95 % intervals", title_justify="left", title_style="bold", box=None,
+                  header_style="dim", pad_edge=False)
+    against_base = f"against {comparison.base.label}"
+    for heading in ("method", "final, test", "hard tier", against_base, "rollouts", "FLOPs", "CPU time"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    against = {claim.other: claim for claim in comparison.claims if claim.figure == "final"}
+    for method in comparison.methods:
+        row, claim = comparison.table[method.label], against.get(method.label)
+        cost = {key: found.value if (found := row[key]) else None for key in ("rollouts", "flops", "cpu_seconds")}
+        table.add_row(Text(method.label, style="bold"), text.interval(row["final"]), text.interval(row["hard"]),
+                      text.gap(claim, turned=True) if claim else "", short(cost["rollouts"]), short(cost["flops"]),
+                      clock(cost["cpu_seconds"]))
+    console.print(table)
+    for line in [text.lead(comparison), *comparison.notes]:
+        console.print(Text(line), highlight=False)

@@ -1,0 +1,236 @@
+"""Wrong versions of the shipped code, each of which a truth test must see.
+
+A mutant is the module's own source text with a few replacements, compiled under another name. Each replaced text must
+be found exactly once: a refactoring that moves it fails the mutant's test loudly, and the mutant is to be rewritten.
+
+    python tests/truth/mutants.py     runs every check on every mutant and prints which of them see it
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+from checks import CHECKS, Code
+from exact import Quadratic, bridge_walk
+from ratios import RATIO_CHECKS
+
+Swaps = tuple[tuple[str, str], ...]
+
+
+def mutate(module: ModuleType, swaps: Swaps, name: str = "mutant") -> ModuleType:
+    assert module.__file__
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    for old, new in swaps:
+        assert source.count(old) == 1, f"found {source.count(old)} times in {module.__file__}: {old!r}"
+        source = source.replace(old, new)
+    copy = types.ModuleType(f"{module.__name__}__{name}")
+    copy.__file__ = module.__file__
+    sys.modules[copy.__name__] = copy  # dataclasses and annotations look their module up
+    try:
+        exec(compile(source, f"{module.__name__}:{name}", "exec"), copy.__dict__)
+    finally:
+        del sys.modules[copy.__name__]
+    return copy
+
+
+@dataclass(frozen=True)
+class Mutant:
+    swaps: Swaps
+    caught_by: str
+    of: str = "bridge"
+    # Where test A ends at lambda 1/2 (theta, shadow, w); None for a component that is not looked at.
+    ends: tuple[float | None, float | None, float | None] | None = None
+
+    def code(self, name: str) -> Code:
+        changed = mutate(getattr(Code(), self.of), self.swaps, name)
+        code = replace(Code(), **{self.of: changed})
+        if self.of in ("losses", "cooperation"):  # what the method calls must be the mutant
+            code = replace(code, bridge=mutate(code.bridge, (), name))
+            setattr(code.bridge, self.of, changed)
+        return code
+
+
+APPLY_W = '        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))                    # (3)\n'
+STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))'
+STEP_SHADOW = 'policy.apply("shadow", shadow.theta)  '
+GAIN = "gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))"
+JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+KEEP = (
+    ("        sft.theta.clear()  #", "        #"),
+    ("        rl.theta.clear()\n", ""),
+)  # for mutants that misuse these
+AGAIN = 'policy.grad(self.terms, batch, {"nll": 1.0}), policy.grad(self.terms, batch, rl_coef(self.options.rl))'
+
+MUTANTS: dict[str, Mutant] = {
+    # the list of the third term and of the shadow
+    "no_third_term": Mutant(((GAIN, "gain = rl.w"),), "fixed_points", ends=(None, None, 0.875)),
+    "third_term_added": Mutant(
+        ((GAIN, "gain = grads.mix((1.0, rl.w), (1.0, shadow.w))"),), "fixed_points", ends=(None, None, 0.8)
+    ),
+    "gain_reversed": Mutant(((GAIN, "gain = grads.mix((-1.0, rl.w), (1.0, shadow.w))"),), "trace"),
+    "gain_without_rl": Mutant(((GAIN, "gain = grads.mix((-1.0, shadow.w))"),), "fixed_points"),
+    "shadow_descends": Mutant(
+        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((-1.0, shadow.theta)))'),), "fixed_points"
+    ),
+    "shadow_frozen": Mutant(((STEP_SHADOW, "pass  "),), "fixed_points"),
+    "shadow_scaled_by_lambda": Mutant(
+        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((lam, shadow.theta)))'),), "trace"
+    ),
+    "shadow_takes_the_joint_step": Mutant(
+        ((STEP_SHADOW, 'policy.apply("shadow", joint)'), ("        joint.clear()\n", "")), "fixed_points"
+    ),
+    "shadow_gradient_at_live": Mutant((('self.shadow_coef(), at="shadow")', "self.shadow_coef())"),), "fixed_points"),
+    "shadow_always_resynced": Mutant(
+        (("return self.options.resync_every > 0 and", "return"), ("step % self.options.resync_every == 0", "True")),
+        "fixed_points",
+        ends=(1.75, None, 0.25),
+    ),
+    # w
+    "w_frozen": Mutant(((STEP_W, "pass"),), "fixed_points", ends=(1.5, 0.0, 0.0)),
+    "w_from_theta_gradients": Mutant(
+        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.theta), (lam, rl.theta), (-lam, shadow.theta)))'), *KEEP),
+        "fixed_points",
+    ),
+    "w_sft_from_theta": Mutant(
+        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.theta), (lam, gain)))'), *KEEP), "fixed_points"
+    ),
+    "w_third_from_theta": Mutant(((GAIN, "gain = grads.mix((1.0, rl.w), (-1.0, shadow.theta))"),), "fixed_points"),
+    "w_lambda_swapped": Mutant(
+        ((STEP_W, 'policy.apply("w", grads.mix((lam, sft.w), (1 - lam, gain)))'),), "fixed_points"
+    ),
+    "w_gain_without_lambda": Mutant(
+        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.w), (1.0, gain)))'),), "fixed_points"
+    ),
+    "w_ascends_the_loss": Mutant(((STEP_W, 'policy.apply("w", grads.mix((lam - 1, sft.w), (-lam, gain)))'),), "trace"),
+    "beta_ignored": Mutant(
+        (('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),), "every_option_of_the_step"
+    ),
+    # theta and lambda
+    "theta_lambda_swapped": Mutant(
+        ((JOINT, "joint = grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),), "fixed_points"
+    ),
+    "theta_unweighted": Mutant(((JOINT, "joint = grads.mix((1.0, sft.theta), (1.0, rl.theta))"),), "trace"),
+    "theta_sign_of_rl": Mutant(((JOINT, "joint = grads.mix((1 - lam, sft.theta), (-lam, rl.theta))"),), "trace"),
+    "lambda_schedule_reversed": Mutant(
+        (("o.lambda_start, o.lam, step", "o.lam, o.lambda_start, step"),), "every_option_of_the_step"
+    ),
+    "lambda_schedule_too_short": Mutant(
+        (("step / max(1, self.run.steps - 1)", "step / self.run.steps"),), "every_option_of_the_step"
+    ),
+    # order: the rest points are the same, the path is not
+    "w_after_theta": Mutant(((GAIN, f"sft, rl = {AGAIN}\n        {GAIN}"),), "trace"),
+    "w_after_shadow": Mutant(
+        ((GAIN, f'shadow = policy.grad(self.shadow_terms, batch, self.shadow_coef(), at="shadow")\n        {GAIN}'),),
+        "trace",
+    ),
+    "theta_after_w": Mutant(  # also: theta's gradient is not taken at the step's w
+        (
+            (
+                APPLY_W,
+                APPLY_W + '        late = policy.grad(self.terms, batch, {"nll": 1.0, "pg": 1.0})\n'
+                '        policy.apply("theta", grads.mix((lam, late.theta)))\n',
+            ),
+            ('norm = policy.apply("theta", joint) ', "norm = 0.0 "),
+        ),
+        "trace",
+    ),
+    # re-sync
+    "resync_without_a_step": Mutant(
+        (('            policy.apply("shadow", rl.theta)\n', "            pass\n"),), "resync"
+    ),
+    "resync_to_the_new_theta": Mutant(
+        (
+            ('            policy.copy("theta", "shadow")\n', "            pass\n"),
+            (
+                '            policy.apply("shadow", rl.theta)\n',
+                '            policy.copy("theta", "shadow")\n            policy.apply("shadow", rl.theta)\n',
+            ),
+        ),
+        "every_option_of_the_step",
+    ),
+    "resync_twice_stepped": Mutant((("        if not resync:\n", "        if True:\n"),), "every_option_of_the_step"),
+    "resync_phase": Mutant(
+        (("step % self.options.resync_every == 0", "step % self.options.resync_every == 1"),),
+        "every_option_of_the_step",
+    ),
+    # warnings
+    "warns_only_of_the_bracket": Mutant(
+        (('min(sizes["norm_shadow"], sizes["norm_third"])', 'sizes["norm_third"]'),), "vanished_warning"
+    ),
+    "warns_only_of_the_shadow": Mutant(
+        (('min(sizes["norm_shadow"], sizes["norm_third"])', 'sizes["norm_shadow"]'),), "vanished_warning"
+    ),
+    "vanished_never_reset": Mutant(
+        (("self.vanished + 1 if nothing else 0", "self.vanished + bool(nothing)"),), "vanished_warning"
+    ),
+    "still_shadow_never_said": Mutant((("shadow < 1e-3 * theta", "shadow < 0 * theta"),), "still_shadow_warning"),
+    "still_shadow_always_said": Mutant(
+        (('metrics["bridge/norm_shadow"] > 0 and', "True and"),), "still_shadow_warning"
+    ),
+    # ratios and the gain
+    "no_ratio": Mutant(((".exp().clamp(max=cap)", ".exp().clamp(1, 1)"),), "one_token", of="losses"),
+    "ratio_upside_down": Mutant(
+        (("(logp_BT.detach() - old_BT).exp().clamp", "(old_BT - logp_BT.detach()).exp().clamp"),),
+        "one_token",
+        of="losses",
+    ),
+    "ratio_with_a_gradient": Mutant(
+        (("(logp_BT.detach() - old_BT).exp().clamp", "(logp_BT - old_BT).exp().clamp"),), "one_token", of="losses"
+    ),
+    "cap_from_below": Mutant(((".clamp(max=cap)", ".clamp(min=cap)"),), "one_token", of="losses"),
+    "cap_ignored": Mutant(((".clamp(max=cap)", ""),), "one_token", of="losses"),
+    "shadow_clipped": Mutant((('if self.options.ratio == "clip"', 'if self.options.ratio != "clip"'),), "one_token"),
+    "shadow_weights_not_signed": Mutant(
+        (("return -weight_BT * ratio * logp_BT", "return weight_BT * ratio * logp_BT"),), "one_token", of="losses"
+    ),
+    "gain_ratio_upside_down": Mutant((("1 - np.exp(log)", "1 - np.exp(-log)"),), "gap", of="cooperation"),
+    "gain_sign": Mutant((("1 - np.exp(log)", "np.exp(log) - 1"),), "gap", of="cooperation"),
+    "gain_own_mean_as_baseline": Mutant((("credit.leave_one_out(r)", "credit.centre(r)"),), "gap", of="cooperation"),
+    "gain_by_token_ratio": Mutant(
+        (("np.array([logs[i].sum() if", "np.array([logs[i].mean() if"),), "two_tokens", of="cooperation"
+    ),
+    "ess_by_token_ratio": Mutant(
+        (("np.array([log.sum() for log", "np.array([log.mean() for log"),), "two_tokens", of="cooperation"
+    ),
+    "kl_other_direction": Mutant(
+        (("np.mean(token_ratio - 1 - tokens)", "np.mean(1 / token_ratio - 1 + tokens)"),),
+        "two_tokens",
+        of="cooperation",
+    ),
+    "ess_warning_late": Mutant((("RELIABLE = 0.3", "RELIABLE = 0.03"),), "ess_warning", of="cooperation"),
+    "ess_warning_never": Mutant((('metrics.get("bridge/ess", 1.0)', "1.0"),), "ess_warning"),
+}
+ALL_CHECKS: dict[str, Callable[[Code], None]] = CHECKS | RATIO_CHECKS
+
+
+def failure(name: str, code: Code) -> str | None:
+    """What the check says against the code; None if it finds nothing. Numbers that blow up count as found."""
+    try:
+        with np.errstate(all="ignore"):
+            ALL_CHECKS[name](code)
+    except (AssertionError, OverflowError, ValueError) as error:
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return None
+
+
+def where_it_ends(code: Code, steps: int = 600) -> np.ndarray:
+    return bridge_walk(code.bridge, Quadratic(), 0.5, steps, limit=1e12).end
+
+
+def main() -> None:
+    columns = list(ALL_CHECKS)
+    for name, code in {"shipped code": Code(), **{n: m.code(n) for n, m in MUTANTS.items()}}.items():
+        seen = [c for c in columns if failure(c, code)]
+        print(f"{name:30}", ", ".join(seen) or ("passes every check" if name == "shipped code" else "NOT SEEN"))
+
+
+if __name__ == "__main__":
+    main()
