@@ -22,7 +22,8 @@ from bridgelm.metrics import git_commit, versions
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "study"
 METHODS = ["bridge", "sft", "grpo", "cold_start", "alternate", "joint"]
-DEMOS = {"hops": 1000, "jugs": 400}  # of the separate pool; jugs has few different problems
+# jugs has few different problems: more of them would all be the easiest ones.
+SIZES = {"hops": [], "jugs": ["data.toy.train_size=1000", "data.toy.demo_size=400"]}
 CELLS = [(family, layout) for family in ("hops", "jugs") for layout in ("separate", "paired")]
 
 
@@ -30,7 +31,7 @@ def run(seeds: int, jobs: int, runs: Path, cells: list[tuple[str, str]]) -> None
     for family, layout in cells:
         folder = runs / f"{family}-{layout}"
         compare(ROOT / "recipes" / "toy" / "bridge.toml", METHODS, seeds, jobs, folder, quiet=True,
-                overrides=[f"data.train=toy:{family}", f"data.toy.layout={layout}", f"data.toy.demo_size={DEMOS[family]}"])
+                overrides=[f"data.train=toy:{family}", f"data.toy.layout={layout}", *SIZES[family]])
         keep(folder, RESULTS / f"{family}-{layout}")
         print(f"{family}-{layout}: done", flush=True)
 

@@ -67,7 +67,7 @@ def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> 
 
 
 def seed_generators(seed: int) -> None:
-    """The global generators at the start of a run, so that equal seeds are equal runs whatever the process did before."""
+    """The global generators at the start of a run, so that equal seeds are equal runs whatever came before."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

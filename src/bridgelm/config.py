@@ -31,7 +31,7 @@ class ModelConfig(Strict):
     lora_alpha: Rate = 16.0
     lora_modules: str = ""  # regular expression of linear layers; empty: all of them
     gradient_checkpointing: bool = False
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers picks for the model
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers picks
 
 
 class ToyOptions(Strict):

@@ -32,7 +32,7 @@ def effective_share(log_ratios: np.ndarray) -> float:
 
 
 def diagnose(rows: Sequence[Row], shadow: Mapping[int, np.ndarray], low: float, high: float) -> Metrics:
-    """Metrics of the shadow against the policy that sampled `rows`; `low`, `high` bound the token ratio that is used."""
+    """Metrics of the shadow against the policy that sampled `rows`; `low`, `high` bound the token ratio in use."""
     logs: dict[int, np.ndarray] = {}
     for i, logp in shadow.items():
         old = rows[i].old_logps

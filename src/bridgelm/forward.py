@@ -15,7 +15,8 @@ CHUNK = 2**24  # logits held at once: 64 MiB in float32
 PLAIN_HEAD = {"qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "smollm3"}
 
 
-def _chunk(hidden_ND: Tensor, head: Any, target_N: Tensor, temperature_N: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def _chunk(hidden_ND: Tensor, head: Any, target_N: Tensor, temperature_N: Tensor,
+           entropy: bool) -> tuple[Tensor, Tensor]:
     logits = head(hidden_ND)
     return _score(logits, target_N, temperature_N, entropy)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+from torch import Tensor, _foreach_add_, _foreach_mul, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
 Gradient = dict[str, Tensor]
 
@@ -15,9 +14,9 @@ def mix(*terms: tuple[float, Gradient]) -> Gradient:
     names = list(terms[0][1])
     assert all(list(g) == names for _, g in terms), "gradients over different parameters"
     first, *rest = terms
-    out = torch._foreach_mul([first[1][n] for n in names], first[0])
+    out = _foreach_mul([first[1][n] for n in names], first[0])
     for coef, gradient in rest:
-        torch._foreach_add_(out, [gradient[n] for n in names], alpha=coef)
+        _foreach_add_(out, [gradient[n] for n in names], alpha=coef)
     return dict(zip(names, out, strict=True))
 
 
@@ -26,7 +25,7 @@ def dot(a: Gradient, b: Gradient) -> float:
 
 
 def norm(a: Gradient) -> float:
-    return math.sqrt(math.fsum(float(x) ** 2 for x in torch._foreach_norm(list(a.values())))) if a else 0.0
+    return math.sqrt(math.fsum(float(x) ** 2 for x in _foreach_norm(list(a.values())))) if a else 0.0
 
 
 def cosine(a: Gradient, b: Gradient) -> float:

@@ -27,12 +27,13 @@ def load_model(config: ModelConfig) -> Any:
     logging.disable_progress_bar()
     device, path = pick_device(config.device), model_path(config.name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True,
             trust_remote_code=False, attn_implementation=None if config.attention == "auto" else config.attention)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model ({reason})") from None
+        raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model "
+                        f"({reason})") from None
     if config.gradient_checkpointing:
         # Named anew in transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -44,7 +45,7 @@ def load_model(config: ModelConfig) -> Any:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
     return model.to(device)

@@ -48,7 +48,8 @@ def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
     if kind == "adamw":
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
-    assert kind == "shared_moments" and isinstance(source, torch.optim.AdamW)
+    assert kind == "shared_moments"
+    assert isinstance(source, torch.optim.AdamW), "shared moments need the Adam that they are shared with"
     return SharedMoments(params, source, lr)
 
 

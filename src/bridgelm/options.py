@@ -98,8 +98,8 @@ class BridgeOptions(Strict):
     @model_validator(mode="after")
     def _one_advantage_scale(self) -> BridgeOptions:
         if self.shadow_rollouts == "own" and self.rl.std:
-            raise ValueError("shadow_rollouts = 'own' needs rl.std = false: each policy's advantages would be divided by "
-                             "its own groups' deviations, and w's third term would be the gradient of no gain")
+            raise ValueError("shadow_rollouts = 'own' needs rl.std = false: each policy's advantages would be divided "
+                             "by its own groups' deviations, and w's third term would be the gradient of no gain")
         return self
 
 

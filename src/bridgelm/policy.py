@@ -69,7 +69,8 @@ class Policy:
             self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
             self.groups["theta"] = self._low_rank("theta", *lora)
         else:
-            self.groups["theta"] = Group({n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()})
+            masters = {n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()}
+            self.groups["theta"] = Group(masters)
         self._stale = True
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -83,7 +84,8 @@ class Policy:
     def _low_rank(self, group: str, rank: int, alpha: float, pattern: str) -> Group:
         names = self.linear_weights(pattern)
         if not names:
-            raise UserError(f"no linear layer of the model matches {pattern!r}; see model.lora_modules and method.modules")
+            raise UserError(f"no linear layer of the model matches {pattern!r}: see model.lora_modules and "
+                            "method.modules")
         shapes = {name: self.params[name].shape for name in names}
         return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
 
@@ -163,7 +165,8 @@ class Policy:
             theta.full |= {name: t.to(self.master).requires_grad_() for name, t in self.frozen.items()}
             self.frozen = {}
         elif self.lora:  # and so do adapters, at their start
-            theta.low = {name: theta.low.get(name, pair) for name, pair in self._low_rank("theta", *self.lora).low.items()}
+            fresh = self._low_rank("theta", *self.lora).low
+            theta.low = {name: theta.low.get(name, pair) for name, pair in fresh.items()}
         kept = {"theta", "reference"} if keep_reference else {"theta"}
         self.groups = {name: group for name, group in self.groups.items() if name in kept}
         self.optimisers = {n: o for n, o in self.optimisers.items() if keep_optimiser and n == "theta"}
@@ -202,7 +205,8 @@ class Policy:
                 parts = {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
                 loss = torch.stack(list(parts.values())).sum()
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is not finite ({ {n: float(v.detach()) for n, v in parts.items()} }): "
+                    shown = {n: float(v.detach()) for n, v in parts.items()}
+                    raise FloatingPointError(f"the loss is not finite ({shown}): "
                                              "stopped before the step")
                 loss.backward()
                 self._drain(((group, out.theta), (w, out.w)))

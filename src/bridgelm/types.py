@@ -1,12 +1,13 @@
 """The records that flow through BridgeLM, and the one legend of shapes. No torch at import time.
 
 Shape legend, used as a suffix of names: B rows of a micro-batch, T tokens of a row (padded), N selected tokens,
-V vocabulary, G samples of one problem's group, D hidden size. `logp_BT[b, t]` is the log-probability of token t of row b
-given everything before it; position 0 has no prediction and is 0.
+V vocabulary, G samples of one problem's group, D hidden size. `logp_BT[b, t]` is the log-probability of token t of row
+b given everything before it; position 0 has no prediction and is 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -79,7 +80,7 @@ Norm = Literal["token", "row", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Which tokens of a row a loss term sees (mask) and with what weight, kept apart so that a weight of 0 still counts.
+    """Which tokens of a row a loss term sees (mask) and with what weight, apart so that a weight of 0 still counts.
 
     `norm` says what the term is divided by over the whole global batch: its masked tokens, its rows (each row a mean
     over its own tokens), or rows times `constant` (a fixed length, as Dr. GRPO does).
@@ -104,7 +105,7 @@ class Row:
     temperature: float = 1.0
     old_logps: np.ndarray | None = None  # of the policy that sampled the row, at the row's temperature
     ref_logps: np.ndarray | None = None
-    reward: float | None = None
+    reward: float = math.nan  # of a demonstration
     verdict: Verdict | None = None
     finished: bool = True
     text: str = ""

@@ -1,4 +1,4 @@
-"""Every toy recipe learns: the tier that shows what unit tests cannot. `make learn` runs it and writes results/learn.json."""
+"""Every toy recipe learns, which no unit test can show. `make learn` runs this and writes results/learn.json."""
 
 from __future__ import annotations
 

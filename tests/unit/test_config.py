@@ -59,7 +59,7 @@ def test_a_preset_fills_in_what_a_nested_table_leaves_out() -> None:
 
 
 def test_own_shadow_rollouts_refuse_a_deviation_for_each_group() -> None:
-    with pytest.raises(UserError, match="rl.std = false"):
+    with pytest.raises(UserError, match=r"rl\.std = false"):
         make_config(raw(method={"name": "bridge", "shadow_rollouts": "own", "rl": {"std": True}}))
 
 

@@ -47,7 +47,8 @@ class FastDecoder:
         else:
             causal = torch.ones(self.width, self.width, dtype=torch.bool, device=ids_BP.device).tril()
             # A padded query sees itself, so that no row of the softmax is empty; nobody ever looks at it.
-            mask = (causal[None] & pad_BP[:, None, :] | torch.eye(self.width, dtype=torch.bool, device=ids_BP.device))[:, None]
+            itself = torch.eye(self.width, dtype=torch.bool, device=ids_BP.device)
+            mask = (causal[None] & pad_BP[:, None, :] | itself)[:, None]
             self.mask = torch.cat([pad_BP, pad_BP.new_ones(len(pad_BP), self.room)], 1)
         hidden = self._run(self.body.embed_tokens(ids_BP), position_BP, mask, fill=True)
         return self.model.lm_head(hidden[:, -1])
@@ -90,7 +91,8 @@ class FastDecoder:
                                                      scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
             else:  # the query heads that share a key head stand in as queries of it: no key is repeated
                 shared = q.view(batch, k.shape[1], -1, q.shape[-1])
-                mixed = scaled_dot_product_attention(shared, k, v, attn_mask=mask, scale=attention.scaling).view(q.shape)
+                mixed = scaled_dot_product_attention(shared, k, v, attn_mask=mask, scale=attention.scaling)
+                mixed = mixed.view(q.shape)
             hidden = hidden + attention.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.body.norm(hidden)

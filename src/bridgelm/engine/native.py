@@ -105,8 +105,8 @@ class Engine:
         return logits_BV[rows], sum(len(p) for p in prompts)
 
     def _stopped(self, writer: _Writer, stop: tuple[str, ...]) -> bool:
-        # A stop string may begin inside an earlier token, and a token may be one byte of a character: look at a tail that
-        # is sure to hold it.
+        # A stop string may begin inside an earlier token, and a token may be one byte of a character: look at a tail
+        # that is sure to hold it.
         return any(s in self.text(np.array(writer.ids[-len(s.encode()) - 8:])) for s in stop)
 
 
@@ -139,8 +139,8 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tu
         raw_B = raw_BV.gather(1, token_B[:, None])[:, 0]
         return token_B, raw_B, torch.zeros_like(raw_B)
     logp_BV = raw_BV if temperature == 1.0 else torch.log_softmax(wide / temperature, -1)
-    # Inverse of the distribution function: one number decides, whatever else is in the batch. In float32 the running sum
-    # would lose rare tokens of a large vocabulary, and a number next to 1 would round to 1 and draw an impossible one.
+    # Inverse of the distribution function: one number decides, whatever else is in the batch. In float32 the running
+    # sum would lose rare tokens of a large vocabulary, and a number next to 1 would round to 1: an impossible token.
     cumulative = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     target = uniform_B[:, None] * cumulative[:, -1:]
     token_B = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=wide.shape[1] - 1)

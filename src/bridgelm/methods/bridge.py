@@ -13,9 +13,9 @@ The last bracket of (3) is the gradient of the cooperative gain J_RL(theta, w) -
 merged. The code minimises losses L = -J, so every `+=` is a descent step and the signs inside the brackets stay.
 
 Our reading: the shadow is persistent, learns from the joint policy's rollouts, and is corrected by token ratios. The
-preset `paper` clips those ratios (PPO), steps the shadow with plain SGD and divides advantages by each group's deviation,
-as GRPO does; `repaired`, the default, truncates them, gives the shadow theta's second moments, and only centres rewards,
-so that advantages have one scale for both policies and the same one as in every other method.
+preset `paper` clips those ratios (PPO), steps the shadow with plain SGD and divides advantages by each group's
+deviation, as GRPO does; `repaired`, the default, truncates them, gives the shadow theta's second moments, and only
+centres rewards, so that advantages have one scale for both policies and the same one as in every other method.
 
 Bias of the truncated token ratio: it stands in for the ratio of the whole prefix and is capped at `ratio_cap`. It is
 exact for answers of one token under the cap; docs/bridge.md works a two-token case.

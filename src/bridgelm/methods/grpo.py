@@ -1,6 +1,7 @@
 """RL with verifiable rewards from the base model on ("RL-zero"): group-relative policy optimisation.
 
-    maximise  J_RL = E_{x, y_i ~ pi_old} [ sum_t min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) ] - kl_coef KL(pi || ref)
+    maximise  J_RL = E_{x, y_i ~ pi_old} [ sum_t min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) ]
+                     - kl_coef KL(pi || ref)
     A_i = r_i - mean_group(r)      (divided by the group's std with `rl.std`, as in GRPO as first published)
 
 `rl.aggregate` chooses the denominator: all own tokens of the global batch (DAPO), a mean per answer (GRPO), or a

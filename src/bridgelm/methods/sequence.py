@@ -35,8 +35,8 @@ class Sequence(Method):
         if run.model.lora_rank and any(s.method.name == "bridge" for s in stages) and not all(
                 s.fresh_reference for s in stages):
             # Its w is merged into the frozen base that an older reference is measured from.
-            raise UserError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older reference; "
-                            "leave out fresh_reference = false")
+            raise UserError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older "
+                            "reference; leave out fresh_reference = false")
         self.needs = frozenset().union(*(stage.needs for stage in self.stages))  # type: ignore[misc]
 
     def _build(self, index: int) -> Method:
