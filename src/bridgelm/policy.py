@@ -198,7 +198,7 @@ class Policy:
         with self.at(at):
             for indices in batching.plan(batch.rows, self.micro_tokens, batching.idle(batch.rows, list(coef))):
                 rows = [batch.rows[i] for i in indices]
-                micro = batching.collate(rows, self._wide(), self.device, batch.stats)
+                micro = batching.collate(rows, self.master, self.device, batch.stats)
                 live = forward(self.model, micro, entropy)
                 values = terms(micro, live)
                 assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
@@ -206,8 +206,7 @@ class Policy:
                 loss = torch.stack(list(parts.values())).sum()
                 if not torch.isfinite(loss):
                     shown = {n: float(v.detach()) for n, v in parts.items()}
-                    raise FloatingPointError(f"the loss is not finite ({shown}): "
-                                             "stopped before the step")
+                    raise FloatingPointError(f"the loss is not finite ({shown}): stopped before the step")
                 loss.backward()
                 self._drain(((group, out.theta), (w, out.w)))
                 for n, value in parts.items():
@@ -215,9 +214,6 @@ class Policy:
                 self._keep(out.logps, indices, rows, live.logp_BT)
                 self.ledger.train += sum(len(row.ids) for row in rows)
         return out
-
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _drain(self, into: tuple[tuple[Group, Gradient], ...]) -> None:
         """Moves the model's gradients out, into those of the groups."""
@@ -241,7 +237,7 @@ class Policy:
         with self.at(at):
             for indices in batching.plan(rows, self.micro_tokens, set()):
                 chosen = [rows[i] for i in indices]
-                micro = batching.collate(chosen, self._wide(), self.device, {})
+                micro = batching.collate(chosen, self.master, self.device, {})
                 self._keep(logps, indices, chosen, forward(self.model, micro).logp_BT)
         self.ledger.score += sum(len(row.ids) for row in rows)
         return [logps[i] for i in range(len(rows))]

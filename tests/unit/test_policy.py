@@ -176,8 +176,10 @@ def test_absorb_keeps_the_function(policy: MakePolicy, lora: Any, exclusive: boo
     shake(made, "theta")
     before = logits(made)
     first = set(made.groups["theta"].flat())
+    made.fork("reference")
     made.add_w(2, 4.0, "mlp" if exclusive else "", exclusive)
     assert off(logits(made), before) < 1e-12, "what theta had learnt stays"
+    assert off(logits(made, "reference"), before) < 1e-12
     made.fork("shadow")
     made.optimiser("theta")
     shake(made, "theta", "w")

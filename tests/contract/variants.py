@@ -1,0 +1,44 @@
+"""Every method, and the readings of it that change what a step does. Each is run on the tiny world."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0, "probe_every": 2}
+SFT_THEN_GRPO = [{"method": {"name": "sft"}, "steps": 2, "lr": 2e-2}, {"method": {"name": "grpo"}}]
+
+METHOD: dict[str, dict[str, Any]] = {
+    "sft": {"name": "sft"},
+    "grpo": {"name": "grpo"},
+    "joint": {"name": "joint", "mu": 0.5, "mu_end": 0.1, "schedule": "cosine"},
+    "alternate": {"name": "alternate"},
+    "bridge": BRIDGE,
+    "sequence": {"name": "sequence", "stages": SFT_THEN_GRPO},
+}
+READINGS: dict[str, dict[str, Any]] = {
+    "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
+    "grpo, constant length": {"name": "grpo", "rl": {"aggregate": "constant"}},
+    "alternate, one optimiser": {"name": "alternate", "optimisers": "one", "every": 2, "half_steps": True},
+    "bridge paper": {**BRIDGE, "preset": "paper"},
+    "bridge own rollouts": {**BRIDGE, "shadow_rollouts": "own", "rl": {"kl_coef": 0.1}},
+    "bridge with a reference": {**BRIDGE, "rl": {"kl_coef": 0.1}},
+    "bridge exclusive": {**BRIDGE, "exclusive": True, "modules": "mlp"},
+    "bridge resync": {**BRIDGE, "resync_every": 1, "lambda_start": 0.9},
+    "bridge then joint": {"name": "sequence", "stages": [
+        {"method": {**BRIDGE, "exclusive": True, "modules": "mlp", "rl": {"kl_coef": 0.1}}, "steps": 2},
+        {"method": {"name": "joint", "rl": {"kl_coef": 0.1}}, "fresh_optimiser": False, "fresh_reference": False}]},
+}
+LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
+    "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],
+    "sft, bridge exclusive, grpo, low-rank theta": {"name": "sequence", "stages": [
+        {"method": {"name": "sft"}, "steps": 1}, {"method": READINGS["bridge exclusive"], "steps": 1},
+        {"method": {"name": "grpo", "rl": {"kl_coef": 0.1}}}]},
+}
+VARIANTS = METHOD | READINGS | LORA
+
+
+def sections(name: str) -> dict[str, Any]:
+    """The configuration of a variant beside its method."""
+    # A large epsilon keeps Adam's steps well conditioned where a gradient is nearly zero.
+    out: dict[str, Any] = {"optim": {"lr": 1e-2, "eps": 1e-3}}
+    return out | ({"model": {"lora_rank": 3, "lora_alpha": 6.0}} if name in LORA else {})

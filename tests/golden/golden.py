@@ -1,0 +1,94 @@
+"""Trajectories on recorded rollouts: what each method's losses and gradient norms are, to full precision, step by step.
+
+The recorded part is what a machine or a library could draw otherwise: the completions and their log-probs. The model's
+weights are a formula, so they need no file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridgelm import training
+from bridgelm.config import make_config
+from bridgelm.engine import Request, Sampling
+from bridgelm.types import Completion
+from tiny import open_session, raw_config
+
+FOLDER = Path(__file__).parent
+ROLLOUTS, TRAJECTORIES = FOLDER / "rollouts.json", FOLDER / "trajectories.json"
+STEPS = 3
+BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"name": "sft"},
+    "grpo": {"name": "grpo"},
+    "grpo_kl_std": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
+    "sequence": {"name": "sequence", "stages": [{"method": {"name": "sft"}, "steps": 1}, {"method": {"name": "grpo"}}]},
+    "alternate": {"name": "alternate"},
+    "joint": {"name": "joint", "mu": 0.5, "mu_end": 0.1, "schedule": "linear"},
+    "bridge": BRIDGE,
+    "bridge_paper": {**BRIDGE, "preset": "paper"},
+    "bridge_exclusive": {**BRIDGE, "exclusive": True, "modules": "mlp"},
+}
+KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
+        "bridge/theta_move", "bridge/shadow_move", "reward", "lr")
+
+
+def session(method: dict[str, Any], folder: Path) -> Any:
+    raw = raw_config(folder, method, steps=STEPS)
+    # A large epsilon: Adam would turn the rounding of a gradient that is nearly zero into a step.
+    raw["optim"] = {"lr": 1e-2, "eps": 1e-3}
+    made = open_session(make_config(raw))
+    with torch.no_grad():  # any weights do; these are the same everywhere
+        for i, (name, p) in enumerate(made.policy.params.items()):
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (1.7 + 0.1 * i) + i)
+            value = (1 + 0.1 * wave if "norm" in name else 0.3 * wave).view_as(p)
+            for group in made.policy.groups.values():
+                if name in group.full:
+                    group.full[name].copy_(value)
+            if name in made.policy.frozen:
+                made.policy.frozen[name].copy_(value)
+        for pair in (pair for group in made.policy.groups.values() for pair in group.low.values()):
+            for t in pair:  # w is not zero either
+                t.copy_(0.2 * torch.cos(torch.arange(t.numel(), dtype=torch.float64)).view_as(t))
+    made.policy._stale = True
+    return made
+
+
+class Recorded:
+    """An engine that answers each request of a step with the recorded completion of its place."""
+
+    def __init__(self, completions: list[list[Any]]) -> None:
+        self.completions = completions
+
+    def generate(self, model: Any, requests: Sequence[Request], sampling: Sampling, ledger: Any) -> list[Completion]:
+        out = []
+        for request in requests:
+            _, step, call, index = request.seed
+            ids, logps, finished = self.completions[(step * 7 + call * 3 + index) % len(self.completions)]
+            out.append(Completion(np.array(ids, dtype=np.int64), np.array(logps), np.array(logps), finished))
+        return out
+
+
+def run(method: dict[str, Any], completions: list[list[Any]]) -> list[dict[str, float]]:
+    """The metrics of each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = session(method, Path(folder))
+        made.roll.engine = Recorded(completions)
+        steps = []
+        for _ in range(STEPS):
+            found = training.take_step(made)
+            steps.append({key: value for key, value in found.items() if key.startswith(KEPT)})
+        made.folder.close()
+        made.roll.grader.close()
+    return steps
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
