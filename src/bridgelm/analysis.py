@@ -56,7 +56,8 @@ COSTS: dict[str, tuple[str, Reader]] = {
     "flops": ("FLOPs", lambda run: run.last("flops")),
     "seconds": ("wall time", lambda run: run.last("seconds")),
     "cpu_seconds": ("CPU time", lambda run: run.info.get("cpu_seconds")),
-    "memory": ("peak memory, MB", lambda run: run.info.get("peak_memory_mb")),
+    "memory": ("peak memory, MB",
+               lambda run: run.info.get("peak_device_memory_mb") or run.info.get("peak_memory_mb")),
 }
 
 

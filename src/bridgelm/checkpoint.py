@@ -84,8 +84,12 @@ def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}-draft")
     shutil.rmtree(draft, ignore_errors=True)
     with policy.at("live") as model:
-        stops, pad = sorted(chat.eos_ids), chat.pad_id
-        model.generation_config.eos_token_id, model.generation_config.pad_token_id = stops, pad
+        settings = model.generation_config
+        settings.eos_token_id, settings.pad_token_id = sorted(chat.eos_ids), chat.pad_id
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # as some models come: sampling settings without sampling, which transformers will not save
+            settings.temperature = settings.top_p = settings.top_k = None
         model.save_pretrained(draft)
     chat.tokenizer.save_pretrained(draft)
     shutil.rmtree(folder, ignore_errors=True)

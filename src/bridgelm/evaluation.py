@@ -17,19 +17,21 @@ from bridgelm.data import check_lengths, load_splits
 from bridgelm.engine import Engine, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model
-from bridgelm.rollout import Grader
-from bridgelm.types import Problem, Verdict
+from bridgelm.rollout import Grader, check_errors
+from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify import build_verifier
 
 SALT = 7_919  # keeps evaluation draws apart from rollout draws
 
 
-def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], max_new_tokens: int,
-            samples: int = 0, temperature: float = 1.0, seed: int = 0) -> dict[str, Any]:
-    """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out."""
+def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], config: RunConfig,
+            samples: int = 0) -> dict[str, Any]:
+    """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out; too many of
+    them are an error of their own."""
+    limit, stop = config.eval.max_new_tokens or config.rollout.max_new_tokens, tuple(config.rollout.stop)
     requests = [Request(chat.prompt_ids(p)) for p in problems]
-    completions = engine.generate(model, requests, Sampling(max_new_tokens, 0.0))
-    grades = grader.grade(list(problems), [chat.turn(c.ids) for c in completions])
+    completions = engine.generate(model, requests, Sampling(limit, 0.0, stop))
+    grades = _graded(grader, list(problems), [chat.turn(c.ids) for c in completions], config)
     valid = [i for i, grade in enumerate(grades) if grade.verdict is not Verdict.ERROR]
     right = {i: int(grades[i].verdict is Verdict.CORRECT) for i in valid}
     hits = sum(right.values())
@@ -42,8 +44,19 @@ def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Se
         "correct": {problems[i].id: value for i, value in right.items()},
     }
     if samples:
-        out |= _sampled(model, engine, chat, grader, problems, Sampling(max_new_tokens, temperature), samples, seed)
+        sampling = Sampling(limit, config.eval.temperature, stop)
+        repeated = [problem for problem in problems for _ in range(samples)]
+        requests = [Request(chat.prompt_ids(p), (config.seed, SALT, i)) for i, p in enumerate(repeated)]
+        texts = [chat.turn(c.ids) for c in engine.generate(model, requests, sampling)]
+        out |= _sampled(_graded(grader, repeated, texts, config), samples)
     return out
+
+
+def _graded(grader: Grader, problems: list[Problem], texts: list[str], config: RunConfig) -> list[Grade]:
+    grades = grader.grade(problems, texts)
+    failed = sum(grade.verdict is Verdict.ERROR for grade in grades)
+    check_errors(failed, len(grades), config, "evaluation", grader)
+    return grades
 
 
 def _by_difficulty(problems: Sequence[Problem], right: dict[int, int]) -> dict[str, list[float]]:
@@ -55,17 +68,16 @@ def _by_difficulty(problems: Sequence[Problem], right: dict[int, int]) -> dict[s
     return {f"{key:g}": [float(np.mean(cells[key])), len(cells[key])] for key in sorted(cells)}
 
 
-def _sampled(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], sampling: Sampling,
-             samples: int, seed: int) -> dict[str, Any]:
-    repeated = [problem for problem in problems for _ in range(samples)]
-    requests = [Request(chat.prompt_ids(p), (seed, SALT, i)) for i, p in enumerate(repeated)]
-    completions = engine.generate(model, requests, sampling)
-    grades = grader.grade(repeated, [chat.turn(c.ids) for c in completions])
-    hits = np.array([g.verdict is Verdict.CORRECT for g in grades]).reshape(len(problems), samples).sum(1)
+def _sampled(grades: list[Grade], samples: int) -> dict[str, Any]:
+    """avg@k and unbiased pass@k. Failed grades are left out, and of pass@k problems with fewer than k others."""
+    cells = [grades[i:i + samples] for i in range(0, len(grades), samples)]
+    hits = [(sum(g.verdict is Verdict.CORRECT for g in cell), sum(g.verdict is not Verdict.ERROR for g in cell))
+            for cell in cells]
+    shares = [correct / n for correct, n in hits if n]
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= samples]
-    pass_k = {str(k): float(np.mean([stats.pass_at_k(samples, int(c), k) for c in hits])) for k in ks}
-    spread = float(np.std(hits / samples, ddof=1) / np.sqrt(len(hits))) if len(hits) > 1 else 0.0
-    return {"k": samples, "avg_k": float(np.mean(hits) / samples), "avg_k_se": spread, "pass_k": pass_k}
+    pass_k = {str(k): float(np.mean([stats.pass_at_k(n, c, k) for c, n in hits if n >= k])) for k in ks}
+    spread = float(np.std(shares, ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else 0.0
+    return {"k": samples, "avg_k": float(np.mean(shares)), "avg_k_se": spread, "pass_k": pass_k}
 
 
 def evaluate_run(path_or_model: str | Path, *, split: str = "test", samples: int = 0, which: str = "final",
@@ -81,16 +93,16 @@ def evaluate_run(path_or_model: str | Path, *, split: str = "test", samples: int
                         "and rollout settings: `bridgelm eval MODEL --config FILE.toml`")
     else:
         source = model_path(str(path_or_model))
-    chat = load_chat(config.model.model_copy(update={"name_or_path": source}))
+    opened = config.model.model_copy(update={"name_or_path": source, "revision": None})
+    chat = load_chat(opened)
     splits = check_lengths(load_splits(config), chat, config)
     problems = getattr(splits, split, None)
     if not problems:
         raise UserError(f"split {split!r}: the data has none; choose from train, validation, test, hard")
-    model = load_model(config.model.model_copy(update={"name_or_path": source}))
+    model = load_model(opened)
     engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
-    limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
     with build_verifier(config.reward) as grader:
-        found = measure(model, engine, chat, grader, problems, limit, samples, config.eval.temperature, config.seed)
+        found = measure(model, engine, chat, grader, problems, config, samples)
     return {"model": source, "split": split, **found}
 
 

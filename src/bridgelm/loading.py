@@ -49,3 +49,8 @@ def load_model(config: ModelConfig) -> Any:
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
     return model.to(device)
+
+
+def peak_device_memory() -> dict[str, float]:
+    """For run.json: the peak of the GPU, where there is one."""
+    return {"peak_device_memory_mb": torch.cuda.max_memory_allocated() / 2**20} if torch.cuda.is_available() else {}

@@ -243,13 +243,13 @@ class Policy:
         return [logps[i] for i in range(len(rows))]
 
     def apply(self, name: str, gradient: Gradient) -> float:
-        """Clips and steps one optimiser; returns the norm before clipping."""
+        """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place."""
         named = self.optimisers[name]
         params = self.groups[named.group].flat()
         size = grads.norm(gradient)
         shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
         for key, p in params.items():
-            p.grad = gradient[key] * shrink
+            p.grad = gradient[key].mul_(shrink)
         for group in named.optimiser.param_groups:
             group["lr"] = named.lr * self.factor
         named.optimiser.step()

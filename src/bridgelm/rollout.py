@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -17,9 +18,22 @@ from bridgelm.errors import UserError
 from bridgelm.policy import Policy
 from bridgelm.types import Completion, Demo, Grade, Problem, Row, Verdict
 
+WINDOW = 256  # answers that the verifier's error rate is taken over
+ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
+
 
 class Grader(Protocol):
+    last_error: str
+
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
+
+
+def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader: Grader) -> None:
+    """A verifier that keeps failing stops the run: its silence must not pass for wrong answers."""
+    limit = config.reward.max_error_rate
+    if failed > limit * max(graded, ENOUGH) or (0 < failed == graded and limit < 1):
+        raise UserError(f"reward: the verifier failed on {failed} of the last {graded} answers ({where}), over "
+                        f"reward.max_error_rate = {limit}; the last fault: {grader.last_error or 'unknown'}")
 
 
 class Roller:
@@ -28,6 +42,7 @@ class Roller:
         rollout = config.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
         self.step = self.calls = self.groups_made = 0
+        self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether the verifier failed on the last answers
 
     def begin(self, step: int) -> None:
         """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same."""
@@ -45,7 +60,8 @@ class Roller:
         self.policy.ledger.rollouts += len(completions)
         texts = [self.chat.turn(c.ids) for c in completions]
         grades = self.grader.grade(repeated, texts)
-        self._stop_on_errors(grades)
+        self.recent.extend(grade.verdict is Verdict.ERROR for grade in grades)
+        check_errors(sum(self.recent), len(self.recent), self.config, f"step {self.step + 1}", self.grader)
         rows = [self._row(problem, request.prompt, completion, grade, text, self.groups_made + i // size, at)
                 for i, (problem, request, completion, grade, text)
                 in enumerate(zip(repeated, requests, completions, grades, texts, strict=True))]
@@ -59,12 +75,6 @@ class Roller:
         old = np.concatenate([np.zeros(len(prompt)), completion.logps])
         return Row(ids, own, "rollout", problem, group, at, self.sampling.temperature, old, None, grade.reward,
                    grade.verdict, completion.finished, text)
-
-    def _stop_on_errors(self, grades: list[Grade]) -> None:
-        share = sum(g.verdict is Verdict.ERROR for g in grades) / max(1, len(grades))
-        if share > self.config.reward.max_error_rate:
-            raise UserError(f"reward: the verifier failed on {share:.0%} of the answers of step {self.step}, over "
-                            f"reward.max_error_rate = {self.config.reward.max_error_rate}; mend it before training on")
 
     def groups(self, data: Data) -> list[Row]:
         """The step's groups. With `rollout.refill`, those without spread are replaced by groups of further problems, as

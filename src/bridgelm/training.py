@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from bridgelm.engine import Engine
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
 from bridgelm.ledger import Ledger
-from bridgelm.loading import load_model
+from bridgelm.loading import load_model, peak_device_memory
 from bridgelm.methods import METHODS, Method
 from bridgelm.methods.base import NEEDS
 from bridgelm.metrics import RunFolder
@@ -70,11 +71,18 @@ class Session:
         self.display.update(record)
 
 
-def train(config: RunConfig, resume: Path | None = None, quiet: bool = False) -> Run:
+def train(config: RunConfig, quiet: bool = False) -> Run:
     """Trains as the configuration says and returns the run."""
-    if resume is not None:
-        config = load_config(Path(resume) / "config.json")
-    path = Path(config.out) / config.name if resume is None else Path(resume)
+    return _train(config, Path(config.out) / config.name, False, quiet)
+
+
+def resume(path: Path, quiet: bool = False) -> Run:
+    """Goes on with a run folder from its newest checkpoint; a finished run is returned as it is."""
+    run = Run(path)
+    return run if run.status == "finished" else _train(load_config(Path(path) / "config.json"), Path(path), True, quiet)
+
+
+def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     with Progress(config.name, config.steps, quiet=quiet) as display:
@@ -84,25 +92,26 @@ def train(config: RunConfig, resume: Path | None = None, quiet: bool = False) ->
         method = METHODS[config.method.name](config.method, config)
         data = Data(splits, config.seed)
         check_needs(method, data)
-        folder = RunFolder.open(path) if resume is not None else RunFolder.create(path, config)
-        with folder, build_verifier(config.reward) as grader:
-            for note in splits.notes:
-                display.say(note)
-            display.state("loading the model")
-            session = _session(config, data, chat, method, grader, folder, display)
-            try:
-                _run(session)
-            except BaseException as error:
-                folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
-            folder.set_status("finished")
+        for note in splits.notes:
+            display.say(note)
+        with build_verifier(config.reward) as grader:
+            folder = RunFolder.open(path) if resumed else RunFolder.create(path, config)
+            with folder:
+                display.state("loading the model")
+                try:
+                    session = _session(config, data, chat, method, grader, folder, display)
+                except BaseException:
+                    if not resumed:  # nothing was trained: the name stays free
+                        folder.close()
+                        shutil.rmtree(path)
+                    raise
+                try:
+                    _run(session)
+                except BaseException as error:
+                    folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                    raise
+                folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
     return Run(path)
-
-
-def resume(path: Path, quiet: bool = False) -> Run:
-    """Goes on with a run folder from its newest checkpoint; a finished run is returned as it is."""
-    run = Run(path)
-    return run if run.status == "finished" else train(load_config(Path(path) / "config.json"), Path(path), quiet)
 
 
 def check_needs(method: Method, data: Data) -> None:
@@ -231,11 +240,10 @@ def look(session: Session) -> None:
 
 
 def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
-    config, roll = session.config, session.roll
-    limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    roll = session.roll
     with session.policy.at("live") as live:
-        return measure(live if model is None else model, roll.engine, session.chat, roll.grader, problems, limit,
-                       samples, config.eval.temperature, config.seed)
+        return measure(live if model is None else model, roll.engine, session.chat, roll.grader, problems,
+                       session.config, samples)
 
 
 def save(session: Session) -> None:
@@ -243,7 +251,7 @@ def save(session: Session) -> None:
     checkpoint.save(session.path, session.step, session.policy, {
         "method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
         "best": session.best, "said": sorted(session.said)})
-    session.folder.set_status("running")
+    session.folder.set_status("running", **peak_device_memory())
 
 
 def finish(session: Session) -> None:

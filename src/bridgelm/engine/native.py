@@ -45,11 +45,15 @@ class Engine:
                  ledger: Ledger | None = None) -> list[Completion]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         done: dict[int, Completion] = {}
-        for start in range(0, len(order), self.max_rows):
-            chosen = order[start:start + self.max_rows]
-            for i, completion in zip(chosen, self._decode(model, [requests[i] for i in chosen], sampling, ledger),
-                                     strict=True):
-                done[i] = completion
+        training = model.training
+        model.eval()  # under gradient checkpointing the model is in training mode, where Hugging Face keeps no cache
+        try:
+            for start in range(0, len(order), self.max_rows):
+                chosen = order[start:start + self.max_rows]
+                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger)
+                done.update(zip(chosen, found, strict=True))
+        finally:
+            model.train(training)
         return [done[i] for i in range(len(requests))]
 
     def _decode(self, model: Any, requests: list[Request], sampling: Sampling,
