@@ -28,7 +28,7 @@ TOY = "toy:"
 def model_path(name: str) -> str:
     """A model's folder or hub name; `toy:base` and `toy:teacher` are the folders that travel in the package."""
     if not name.startswith(TOY):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     from bridgelm import toy
 
     try:

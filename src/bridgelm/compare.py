@@ -104,7 +104,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     table = Table(title="Accuracy in percent, with 95 % intervals", title_justify="left", title_style="bold", box=None,
                   header_style="dim", pad_edge=False)
     against_base = f"against {comparison.base.label}"
-    for heading in ("method", "final, test", "hard tier", against_base, "rollouts", "FLOPs", "CPU time"):
+    for heading in ("method", "final, test", "hard", against_base, "rollouts", "FLOPs", "CPU"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     against = {claim.other: claim for claim in comparison.claims if claim.figure == "final"}
     for method in comparison.methods:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bridgelm.config import RunConfig
+from bridgelm.config import RunConfig, absolute
 from bridgelm.errors import UserError
 from bridgelm.metrics import METRICS, read_json, write_json
 from bridgelm.progress import RunsDisplay, RunView
@@ -50,7 +50,7 @@ class Job:
     """One run: what it is, and its process while it has one."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.path = config, Path(config.out) / config.name
+        self.config, self.path = absolute(config), Path(config.out) / config.name
         self.log = self.path.with_name(self.path.name + ".log")
         self.recipe = self.path.parent / "recipes" / f"{config.name}.json"
         self.view = RunView(config.name, config.steps, "waiting")

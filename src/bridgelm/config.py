@@ -16,6 +16,7 @@ from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Share, Strict
 
 Count = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Strict):
@@ -88,7 +89,7 @@ class RolloutConfig(Strict):
 class OptimConfig(Strict):
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 1e-6
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.999])
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.999])
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Rate | None = 1.0  # global norm; null in JSON / left at a huge value to switch off
@@ -121,7 +122,7 @@ class RunConfig(Strict):
 
     name: str
     out: str = "runs"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     steps: Count
     checkpoint_every: Annotated[int, Field(ge=0)] = 20  # 0: only at the end or when interrupted
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: its own default
@@ -145,10 +146,35 @@ class RunConfig(Strict):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
         if isinstance(self.method, SequenceOptions):
             stage_steps(self.method, self.steps)
+            stages = self.method.stages
+            if self.model.lora_rank and any(s.method.name == "bridge" for s in stages) and not all(
+                    s.fresh_reference for s in stages):
+                # Its w is merged into the frozen base that an older reference is measured from.
+                raise ValueError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older "
+                                 "reference; leave out fresh_reference = false")
         return self
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """With the user's paths made absolute: a run folder is read from any directory. Names of hub and toy stay."""
+    def full(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    raw = config.resolved()
+    model, data, reward = raw["model"], raw["data"], raw["reward"]
+    if not model["name_or_path"].startswith("toy:") and Path(model["name_or_path"]).expanduser().is_dir():
+        model["name_or_path"] = full(model["name_or_path"])
+    if model["chat_template"] is not None:
+        model["chat_template"] = full(model["chat_template"])
+    for key in ("train", "demos", "validation", "test"):
+        if data[key] is not None and not data[key].startswith(("toy:", "hf:")):
+            data[key] = full(data[key])
+    entries = [entry.rpartition(":") for entry in reward["functions"]]
+    reward["functions"] = [f"{full(file)}:{name}" for file, _, name in entries]
+    return RunConfig.model_validate(raw)
 
 
 def stage_steps(options: SequenceOptions, total: int) -> list[int]:

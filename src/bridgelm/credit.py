@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -56,14 +55,6 @@ def with_advantages(rows: Sequence[Row], std: bool = False, norm: Norm = "token"
 def spread(rows: Sequence[Row]) -> dict[int, bool]:
     """Whether a group's rewards differ, which is what it can teach with."""
     return {rows[g[0]].group: len({rows[i].reward for i in g}) > 1 for g in groups_of(rows) if g}
-
-
-def regroup(rows: Sequence[Row], first: int) -> list[Row]:
-    """Renumbers the groups of rows from `first`, keeping their order."""
-    numbers: dict[int, int] = {}
-    for row in rows:
-        numbers.setdefault(row.group, first + len(numbers))
-    return [replace(row, group=numbers[row.group]) for row in rows]
 
 
 def schedule(kind: str, start: float, end: float, progress: float) -> float:

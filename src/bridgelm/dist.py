@@ -10,10 +10,6 @@ def world() -> int:
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
 
 
-def rank() -> int:
-    return td.get_rank() if td.is_available() and td.is_initialized() else 0
-
-
 def total(values: dict[str, float]) -> dict[str, float]:
     """Sums over ranks. Every rank passes the same keys."""
     if world() == 1:

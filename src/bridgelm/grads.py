@@ -26,8 +26,3 @@ def dot(a: Gradient, b: Gradient) -> float:
 
 def norm(a: Gradient) -> float:
     return math.sqrt(math.fsum(float(x) ** 2 for x in _foreach_norm(list(a.values())))) if a else 0.0
-
-
-def cosine(a: Gradient, b: Gradient) -> float:
-    scale = norm(a) * norm(b)
-    return dot(a, b) / scale if scale > 0 else 0.0

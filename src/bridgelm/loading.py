@@ -20,6 +20,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(config: ModelConfig) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
@@ -30,7 +31,7 @@ def load_model(config: ModelConfig) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True,
             trust_remote_code=False, attn_implementation=None if config.attention == "auto" else config.attention)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model "
                         f"({reason})") from None

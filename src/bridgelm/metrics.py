@@ -1,4 +1,4 @@
-"""The run folder, the unit of truth: what training writes into it (`RunFolder`) and what a user looks at (`Run`).
+"""The run folder, the unit of truth: what training writes into it (`RunFolder`); `runs.Run` reads it.
 
     config.json    the resolved configuration            run.json      versions, machine, status, memory, CPU time
     metrics.jsonl  one event a line: step, eval, warning samples.jsonl a few rollouts of some steps

@@ -123,5 +123,15 @@ class SequenceOptions(Strict):
     name: Literal["sequence"] = "sequence"
     stages: Annotated[list[Stage], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _kept_references_come_first(self) -> SequenceOptions:
+        """A fresh stage drops the older reference, so that a later one has nothing to keep."""
+        kept = [i for i, stage in enumerate(self.stages) if not stage.fresh_reference]
+        fresh = next((i for i in range(1, max(kept, default=0)) if i not in kept), None)
+        if fresh is not None:
+            raise ValueError(f"stage {fresh} drops the reference that stage {max(kept)} would keep; set "
+                             f"fresh_reference = false in stage {fresh} too, or leave it out in stage {max(kept)}")
+        return self
+
 
 MethodOptions = SingleOptions | SequenceOptions

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from bridgelm import methods_info
 from bridgelm.chat import TOY, model_path
-from bridgelm.config import RunConfig, stage_steps
+from bridgelm.config import RunConfig, absolute, stage_steps
 from bridgelm.data_sources import FORMS, HUB
 from bridgelm.errors import UserError
 from bridgelm.options import SequenceOptions
+from bridgelm.sinks import check_sinks
 
 DATA_KEYS = ("train", "demos", "validation", "test")
 TABLES = {".jsonl", ".ndjson", ".json", ".parquet"}
@@ -34,7 +35,7 @@ def ready(config: RunConfig) -> RunConfig:
                         "name with name=...")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is no run folder; choose another name or out")
-    return config
+    return absolute(config)
 
 
 def check_static(config: RunConfig) -> None:
@@ -44,9 +45,7 @@ def check_static(config: RunConfig) -> None:
     _check_reward(config)
     _check_needs(config)
     _check_patterns(config)
-    for sink in config.log.sinks:
-        if find_spec(sink) is None:
-            raise UserError(f"log.sinks: {sink!r} is not installed; `pip install 'bridgelm[{sink}]'`, or leave it out")
+    check_sinks(config.log.sinks)
     if config.rollout.updates > config.rollout.prompts:
         raise UserError(f"rollout.updates: {config.rollout.updates} updates cannot share {config.rollout.prompts} "
                         "groups; raise rollout.prompts or lower rollout.updates")
@@ -63,8 +62,8 @@ def _check_model(config: RunConfig) -> None:
         raise UserError(f"model.name_or_path: the folder {name} does not exist")
     if model.chat_template is not None:
         _check_template(Path(model.chat_template))
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", model.device):
-        raise UserError(f"model.device: {model.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
+        raise UserError(f"model.device: {model.device!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 needs the package flash-attn; install it or take 'sdpa'")
 

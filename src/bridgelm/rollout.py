@@ -23,7 +23,8 @@ ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is 
 
 
 class Grader(Protocol):
-    last_error: str
+    @property
+    def last_error(self) -> str: ...
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
 

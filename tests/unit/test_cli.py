@@ -17,7 +17,7 @@ import pytest
 import bridgelm
 from bridgelm import methods_info, preflight
 from bridgelm.cli import format_result, main, parse
-from bridgelm.config import load_config, make_config
+from bridgelm.config import absolute, load_config, make_config
 from bridgelm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -382,7 +382,7 @@ def test_python_takes_a_config_a_dict_or_a_file(place: Path, work: dict[str, Any
     config = load_config("my.toml")
     for given in (config, config.resolved(), "my.toml", Path("my.toml")):
         bridgelm.train(given, quiet=True)
-        assert work["train"] == ((config,), {"quiet": True})
+        assert work["train"] == ((absolute(config),), {"quiet": True})
     assert make_config(config.resolved()) == config
     with pytest.raises(UserError, match="either"):
         bridgelm.train()
@@ -408,3 +408,17 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_parse_keeps_the_order_of_overrides() -> None:
     assert parse(["train", "a.toml", "x=1", "--quiet", "x=2"]).overrides == ["x=1", "x=2"]
+
+
+def test_corrupt_weights_are_a_user_error(tmp_path):
+    import shutil
+
+    from bridgelm.chat import model_path
+    from bridgelm.config import ModelConfig
+    from bridgelm.loading import load_model
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_path("toy:base"), folder)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"model.name_or_path: .* cannot be opened"):
+        load_model(ModelConfig(name_or_path=str(folder)))

@@ -182,3 +182,52 @@ def test_a_configuration_is_frozen() -> None:
     with pytest.raises(ValidationError):
         config.steps = 3  # type: ignore[misc]
     assert isinstance(config, RunConfig)
+
+
+def _sequence(*kept: bool, model: dict | None = None, name: str = "grpo") -> dict:
+    stages = [{"method": {"name": name}, "steps": 1, "fresh_reference": not keep} for keep in kept]
+    return {"name": "a", "steps": len(kept), "model": {"name_or_path": "toy:base", **(model or {})},
+            "data": {"train": "toy:hops"}, "reward": {"verifier": "toy"},
+            "method": {"name": "sequence", "stages": stages}}
+
+
+def test_a_fresh_stage_before_a_kept_reference_is_refused():
+    with pytest.raises(UserError, match=r"stage 1 drops the reference that stage 2 would keep; set fresh_reference"):
+        make_config(_sequence(False, False, True))
+    make_config(_sequence(False, True, True))
+    make_config(_sequence(False, True, False))
+
+
+def test_an_adapter_with_a_bridge_stage_keeps_no_older_reference():
+    with pytest.raises(UserError, match="leave out fresh_reference = false"):
+        make_config(_sequence(False, True, model={"lora_rank": 2}, name="bridge"))
+    make_config(_sequence(False, False, model={"lora_rank": 2}, name="bridge"))
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"optim": {"betas": [0.9, 1.0]}}])
+def test_numbers_that_would_fail_later_are_refused(change):
+    with pytest.raises(UserError, match=r"seed|betas"):
+        make_config({**_sequence(False), **change})
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    from bridgelm.config import absolute
+
+    monkeypatch.chdir(tmp_path)
+    raw = {**_sequence(False), "data": {"train": "a.jsonl", "test": "hf:x/y"},
+           "reward": {"verifier": "exact", "functions": ["r.py:f"]}}
+    made = absolute(make_config(raw))
+    assert (made.data.train, made.data.test) == (str(tmp_path / "a.jsonl"), "hf:x/y")
+    assert made.reward.functions == [f"{tmp_path / 'r.py'}:f"]
+    assert made.model.name_or_path == "toy:base"
+    assert absolute(made) == made
+
+
+def test_a_home_folder_is_expanded_and_mps_is_refused(monkeypatch):
+    from bridgelm.chat import model_path
+    from bridgelm.preflight import check_static
+
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert model_path("~/model") == "/somewhere/model"
+    with pytest.raises(UserError, match="'cpu', 'cuda'"):
+        check_static(make_config(_sequence(False, model={"device": "mps"})))

@@ -163,11 +163,16 @@ def test_every_method_says_its_equation_and_its_trap(name: str) -> None:
     assert "Trap" in text, "each method names the trap that its users fall into"
 
 
-def test_toy_recipes_differ_in_the_method_alone() -> None:
+def test_toy_recipes_differ_in_method_steps_and_rate_alone() -> None:
     recipes = {path.stem: tomllib.loads(path.read_text()) for path in (ROOT / "recipes" / "toy").glob("*.toml")}
     assert recipes
-    shared = {name: {key: value for key, value in recipe.items() if key not in {"name", "method"}}
+    own = {"name", "method", "steps"}
+    shared = {name: {key: value for key, value in recipe.items() if key not in own}
+              | {"optim": {key: value for key, value in recipe["optim"].items() if key != "lr"}}
               for name, recipe in recipes.items()}
+    rolls = {name: recipe["steps"] - sum(s.get("steps", 0) for s in recipe["method"].get("stages", []))
+             for name, recipe in recipes.items() if name != "sft"}
+    assert len(set(rolls.values())) == 1, f"steps with rollouts differ: {rolls}"
     assert all(value == shared["bridge"] for value in shared.values())
     assert all(recipe["name"] == name for name, recipe in recipes.items())
 

@@ -411,3 +411,14 @@ def test_real_golds_equal_themselves_and_not_their_neighbours():
     assert [gold for gold, verdict in zip(golds, same, strict=True) if verdict is not Verdict.CORRECT] == []
     shifted = zip(golds, golds[1:] + golds[:1], others, strict=True)
     assert [(a, b) for a, b, verdict in shifted if verdict is Verdict.CORRECT and a != b] == []
+
+
+def test_reward_files_may_hold_dataclasses_and_import_siblings(tmp_path):
+    from bridgelm.verify.functions import load_function
+
+    (tmp_path / "sibling_helper.py").write_text("SCORE = 1.0\n")
+    (tmp_path / "r.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                                   "from typing import ClassVar\nimport sibling_helper\n@dataclass\nclass A:\n"
+                                   "    x: int\n    y: ClassVar[int] = 1\n"
+                                   "def f(completions):\n    return [sibling_helper.SCORE for _ in completions]\n")
+    assert load_function(f"{tmp_path / 'r.py'}:f")([task("a")], ["a"]) == [1.0]

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bridgelm.config import RunConfig, stage_steps
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Method
 from bridgelm.options import SequenceOptions
 from bridgelm.policy import Policy
@@ -31,12 +30,6 @@ class Sequence(Method):
         self.lengths = stage_steps(options, run.steps)
         self.stages = [self._build(i) for i in range(len(options.stages))]
         self.current = 0
-        stages = options.stages
-        if run.model.lora_rank and any(s.method.name == "bridge" for s in stages) and not all(
-                s.fresh_reference for s in stages):
-            # Its w is merged into the frozen base that an older reference is measured from.
-            raise UserError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older "
-                            "reference; leave out fresh_reference = false")
         self.needs = frozenset().union(*(stage.needs for stage in self.stages))  # type: ignore[misc]
 
     def _build(self, index: int) -> Method:
