@@ -69,7 +69,7 @@ def assert_same_bits(run: Path, whole: dict[str, Any]) -> None:
 
 
 def go_on(run: Path) -> None:
-    training.train(metrics_config(run), run, quiet=True)
+    training.resume(run, quiet=True)
 
 
 def metrics_config(run: Path) -> Any:
