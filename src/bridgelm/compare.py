@@ -82,6 +82,8 @@ def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[st
         return load_config(sibling, overrides)
     if item == own.method.name:
         return own
+    if item == "cold_start":  # by default half of a sequence is SFT: twice the steps make as many rollouts
+        return make_config({**own.resolved(), "method": {"name": "sequence"}, "steps": 2 * own.steps}, "--methods")
     place = f"no recipe {sibling} and " if sibling else ""
     return make_config({**own.resolved(), "method": {"name": item}}, f"--methods: {place}as a method {item!r}")
 

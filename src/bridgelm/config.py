@@ -178,14 +178,13 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def stage_steps(options: SequenceOptions, total: int) -> list[int]:
-    """Steps of each stage; the one stage without a number takes what is left of `total`."""
+    """Steps of each stage; those without a number share what is left of `total`, the last one the remainder too."""
     given = [stage.steps for stage in options.stages]
-    if given.count(None) > 1:
-        raise ValueError("method.stages: at most one stage may leave out steps")
-    rest = total - sum(s for s in given if s is not None)
-    if (None in given and rest < 1) or (None not in given and rest != 0):
+    open_, rest = given.count(None), total - sum(s for s in given if s is not None)
+    if rest < open_ or (not open_ and rest != 0):
         raise ValueError(f"method.stages: the stages' steps do not add up to steps = {total}")
-    return [rest if s is None else s for s in given]
+    shares = iter([rest // open_] * (open_ - 1) + [rest - rest // open_ * (open_ - 1)] if open_ else [])
+    return [next(shares) if s is None else s for s in given]
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:

@@ -110,18 +110,24 @@ class Stage(Strict):
     """One stage of a sequence, with a rate and optimisers of its own."""
 
     method: Annotated[SingleOptions, Field(discriminator="name")]
-    steps: Annotated[int, Field(ge=1)] | None = None  # one stage may leave it out and takes what is left
-    lr: Rate | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None  # stages that leave it out share what is left equally
+    lr: Rate | None = None  # this and the next two: those of [optim] unless given
     schedule: Literal["constant", "linear", "cosine"] | None = None
+    warmup: Share | None = None  # as a share of the stage's steps
     fresh_optimiser: bool = True
     fresh_reference: bool = True  # the KL reference is the start of the stage, not of the run
 
 
+# Cold start with the repaired SFT recipe of arXiv 2604.23747; its RL stage is that paper's with the defaults of `grpo`
+# and of [optim]. The paper gives SFT three epochs: the length of the stage is the user's to set.
+COLD_START = [Stage(method=SftOptions(), lr=5e-5, schedule="cosine", warmup=0.1), Stage(method=GrpoOptions())]
+
+
 class SequenceOptions(Strict):
-    """Stages one after the other. Cold start is `sft` then `grpo`."""
+    """Stages one after the other; without any, cold start: `sft`, then `grpo`."""
 
     name: Literal["sequence"] = "sequence"
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    stages: Annotated[list[Stage], Field(min_length=1)] = COLD_START
 
     @model_validator(mode="after")
     def _kept_references_come_first(self) -> SequenceOptions:

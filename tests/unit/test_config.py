@@ -76,18 +76,30 @@ def test_lambda_has_a_closed_range(value: float) -> None:
     assert config.method.lam == value  # type: ignore[union-attr]
 
 
+def test_a_sequence_without_stages_is_the_repaired_cold_start() -> None:
+    from bridgelm.methods.sequence import Sequence
+
+    config = make_config(raw(method={"name": "sequence"}, steps=40, optim={"lr": 1e-6}))
+    sft, rl = Sequence(config.method, config).stages  # type: ignore[arg-type]
+    assert (sft.phase, sft.run.steps, rl.phase, rl.run.steps) == ("sft", 20, "grpo", 20)
+    optim = sft.run.optim
+    assert (optim.lr, optim.schedule, optim.warmup, optim.final) == (5e-5, "cosine", 2, 0.1)
+    assert (rl.run.optim.lr, rl.run.optim.schedule, rl.run.optim.warmup) == (1e-6, "constant", 0)
+
+
 @pytest.mark.parametrize("value", [-1e-9, 1.000001, float("nan"), float("inf")])
 def test_lambda_outside_its_range_is_refused(value: float) -> None:
     assert "method.lambda" in message(raw(method={"name": "bridge", "lambda": value}))
 
 
 @pytest.mark.parametrize(("steps", "total", "expected"), [([4, 6], 10, [4, 6]), ([4, None], 10, [4, 6]),
-                                                          ([None, 1], 10, [9, 1]), ([None], 7, [7])])
+                                                          ([None, 1], 10, [9, 1]), ([None], 7, [7]),
+                                                          ([None, None], 11, [5, 6]), ([None, 2, None], 9, [3, 2, 4])])
 def test_stage_steps_add_up(steps: list[int | None], total: int, expected: list[int]) -> None:
     assert stage_steps(stages(steps), total) == expected
 
 
-@pytest.mark.parametrize("steps", [[4, 5], [4, 7], [None, None], [10, None], [11, None]])
+@pytest.mark.parametrize("steps", [[4, 5], [4, 7], [9, None, None], [10, None], [11, None]])
 def test_stage_steps_that_do_not_add_up_are_refused(steps: list[int | None]) -> None:
     with pytest.raises(ValueError, match=r"method\.stages"):
         stage_steps(stages(steps), 10)

@@ -36,7 +36,9 @@ class Sequence(Method):
         from bridgelm.methods import METHODS  # this file is in it
 
         stage = self.options.stages[index]
-        changes: dict[str, Any] = {k: v for k, v in (("lr", stage.lr), ("schedule", stage.schedule)) if v is not None}
+        own = {"lr": stage.lr, "schedule": stage.schedule,
+               "warmup": None if stage.warmup is None else round(stage.warmup * self.lengths[index])}
+        changes: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
         run = self.run.model_copy(update={"steps": self.lengths[index],
                                           "optim": self.run.optim.model_copy(update=changes)})
         return METHODS[stage.method.name](stage.method, run)
