@@ -46,6 +46,12 @@ class AlternateOptions(Strict):
     sft_lr: Rate | None = None  # default: the main rate
     half_steps: bool = False  # both steps at half size, so that an iteration moves as far as joint's does
 
+    @model_validator(mode="after")
+    def _one_optimiser_has_one_rate(self) -> AlternateOptions:
+        if self.optimisers == "one" and self.sft_lr is not None:
+            raise ValueError("sft_lr needs optimisers = 'two': one optimiser has one rate; leave sft_lr out")
+        return self
+
 
 class JointOptions(Strict):
     """J_RL + mu J_SFT. BRIDGE v3's "SFT+RL" baseline gives no mu: 1 is the plain sum."""

@@ -58,6 +58,11 @@ def test_a_preset_fills_in_what_a_nested_table_leaves_out() -> None:
     assert (options.rl.clip_low, options.rl.std) == (0.1, True)
 
 
+def test_alternation_with_one_optimiser_refuses_a_second_rate() -> None:
+    assert "sft_lr" in message(raw(method={"name": "alternate", "optimisers": "one", "sft_lr": 1e-4}))
+    make_config(raw(method={"name": "alternate", "sft_lr": 1e-4}))
+
+
 def test_own_shadow_rollouts_refuse_a_deviation_for_each_group() -> None:
     with pytest.raises(UserError, match=r"rl\.std = false"):
         make_config(raw(method={"name": "bridge", "shadow_rollouts": "own", "rl": {"std": True}}))
