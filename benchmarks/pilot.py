@@ -1,0 +1,232 @@
+"""Which mix of demonstrations and rewards survives good, needed and wrong demonstrations? The pilot of all methods.
+
+    python benchmarks/pilot.py run PHASE [--methods ...]   trains what is missing of a phase; goes on where it stopped
+    python benchmarks/pilot.py choose                      picks each method's setting from the tuning runs
+    python benchmarks/pilot.py table                       writes results/pilot/*.json and *.md from the rows
+
+Phases: `tune` (every method has six settings, one tuning seed, three regimes, family hops; joint has more, for its
+envelope), `screen` (the chosen setting, fresh seeds, hops), `confirm` (named methods, fresh seeds, both families),
+`controls` (placebos and ablations on the seeds of `screen`), `improve` and `reconfirm` (what the logs suggested, on
+seeds of their own). One line a run in results/pilot/runs.jsonl, which is what is committed; a run that has its line is
+not trained again. Everything is predicted in docs/log.md before it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridgelm.config import RunConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "pilot"
+ROWS, CHOSEN = RESULTS / "runs.jsonl", RESULTS / "chosen.json"
+
+REGIMES = {"redundant": ["data.toy.reach=within"], "necessary": ["data.toy.reach=beyond"],
+           "misleading": ["data.toy.reach=within", "data.toy.wrong=0.4"]}
+FAMILIES = {
+    "hops": ["data.train=toy:hops", "rollout.max_new_tokens=41"],
+    # jugs has few different problems: more of them would all be the easiest ones.
+    "jugs": ["data.train=toy:jugs", "data.toy.train_size=1000", "data.toy.demo_size=400", "rollout.max_new_tokens=55"],
+}
+COMMON = ["eval.every=10", "eval.problems=400", "checkpoint_every=40", "log.samples=0"]
+SEEDS = {"tune": [100], "screen": range(5), "confirm": range(10, 25), "controls": range(5), "improve": range(5),
+         "reconfirm": range(30, 45)}
+STEPS = 80  # with rollouts: what "equal rollouts" means
+
+Setting = dict[str, Any]
+
+
+def method(name: str, lr: float = 5e-4, **options: Any) -> Setting:
+    return {"method": {"name": name, **options}, "lr": lr}
+
+
+def cold_start(sft_steps: int, sft_lr: float, lr: float) -> Setting:
+    stages = [{"method": {"name": "sft"}, "steps": sft_steps, "lr": sft_lr}, {"method": {"name": "grpo"}}]
+    return {"method": {"name": "sequence", "stages": stages}, "lr": lr, "steps": sft_steps + STEPS}
+
+
+def of_bridge(name: str, **fixed: Any) -> list[Setting]:
+    return [method(name, beta=beta, probe_every=10, **{"lambda": lam}, **fixed)
+            for beta in (1e-4, 5e-4) for lam in (0.5, 0.77, 0.91)]
+
+
+# Six settings each: the mixing weight and the rates. The mixing weights of joint and BRIDGE are the same mixtures.
+GRID: dict[str, list[Setting]] = {
+    "grpo": [method("grpo", lr) for lr in (2e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3)],
+    "cold_start": [cold_start(200, 1e-3, 5e-4), cold_start(100, 1e-3, 5e-4), cold_start(50, 1e-3, 5e-4),
+                   cold_start(200, 5e-4, 5e-4), cold_start(200, 1e-3, 3e-4), cold_start(100, 1e-3, 8e-4)],
+    "joint": [method("joint", mu=1.0), method("joint", mu=0.3), method("joint", mu=0.1),
+              method("joint", mu=1.0, mu_end=0.0, schedule="linear"),
+              method("joint", mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 8e-4, mu=0.3)],
+    "bridge": of_bridge("bridge"),
+    "bridge_paper": of_bridge("bridge", preset="paper"),
+    "bridge_leaky": of_bridge("bridge_leaky"),
+    "bridge_dial": [method("bridge_dial", beta=beta, eta=eta, probe_every=10, **{"lambda": lam})
+                    for eta, beta in ((0.1, 1e-4), (0.3, 1e-4), (0.1, 5e-4)) for lam in (0.5, 0.77)],
+    "barrier": [method("barrier", lr, eta=eta) for lr, eta in
+                ((5e-4, 0.5), (5e-4, 1.0), (5e-4, 2.0), (5e-4, 4.0), (8e-4, 1.0), (8e-4, 2.0))],
+    "token_lead": [method("token_lead", mu=mu, eta=eta) for eta in (0.5, 1.0) for mu in (1.0, 0.3, 0.1)],
+    "guide": [method("guide", lr, beta=beta, **{"lambda": lam}) for lr, beta, lam in
+              ((5e-4, 1e-3, 0.5), (5e-4, 3e-3, 0.5), (5e-4, 1e-3, 0.9), (5e-4, 3e-3, 0.9), (8e-4, 1e-3, 0.5),
+               (8e-4, 3e-3, 0.5))],
+}
+# Further mixtures of joint, for the best one of each regime: not a method, but what a user with a validation set of
+# every regime could reach by trying.
+ENVELOPE = [method("joint", mu=3.0), method("joint", mu=0.03), method("joint", mu=3.0, mu_end=0.0, schedule="linear"),
+            method("joint", 8e-4, mu=1.0, mu_end=0.0, schedule="linear")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; `key` is its identity in the rows."""
+
+    phase: str
+    label: str
+    setting: int
+    regime: str
+    family: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        return "/".join([self.phase, self.label, str(self.setting), self.family, self.regime, str(self.seed)])
+
+
+def job(phase: str, label: str, number: int, setting: Setting, regime: str, family: str, seed: int,
+        runs: Path) -> Job:
+    overrides = [*REGIMES[regime], *FAMILIES[family], *COMMON]
+    raw = load_config(ROOT / "recipes" / "toy" / "joint.toml", overrides).resolved()
+    raw |= {"name": f"{phase}-{label}-{number}-{family}-{regime}-{seed}", "out": str(runs), "seed": seed, "threads": 1,
+            "steps": setting.get("steps", STEPS), "method": setting["method"]}
+    raw["optim"]["lr"] = setting["lr"]
+    return Job(phase, label, number, regime, family, seed, RunConfig.model_validate(raw))
+
+
+def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
+    """Seeds outermost, then regimes: a phase that is stopped half way has whole blocks."""
+    families = ["hops", "jugs"] if phase in {"confirm", "reconfirm"} else ["hops"]
+    if phase == "tune":
+        grid = GRID | {"joint": GRID["joint"] + ENVELOPE}
+        chosen = [(label, i, s) for label, settings in grid.items() for i, s in enumerate(settings)]
+    else:
+        chosen = [(label, 0, setting) for label, setting in settings_of(phase).items()]
+    wanted = [entry for entry in chosen if methods is None or entry[0] in methods]
+    return [job(phase, label, i, setting, regime, family, seed, runs) for seed in SEEDS[phase] for family in families
+            for label, i, setting in wanted for regime in REGIMES]
+
+
+def settings_of(phase: str) -> dict[str, Setting]:
+    return json.loads(CHOSEN.read_text())[phase if phase in {"controls", "improve", "reconfirm"} else "main"]
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+def run(phase: str, methods: list[str] | None, runs: Path, jobs: int) -> None:
+    done = {row["key"] for row in rows()}
+    todo = [one for one in plan(phase, methods, runs) if one.key not in done]
+    print(f"{phase}: {len(todo)} runs to go", flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) as pool, ROWS.open("a") as file:
+        futures = {pool.submit(train_one, one.config): one for one in todo}
+        for number, future in enumerate(as_completed(futures), 1):
+            one = futures[future]
+            try:
+                found = future.result()
+            except Exception as error:  # one diverged run must not end the night's work; it stays missing
+                print(f"{one.key}: {type(error).__name__}: {error}", flush=True)
+                continue
+            row = {"key": one.key, "phase": one.phase, "label": one.label, "setting": one.setting,
+                   "family": one.family, "regime": one.regime, "seed": one.seed, **found}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(f"{number}/{len(todo)} {one.key}: {found['final']:.3f} ({found['cpu_seconds']:.0f} s)", flush=True)
+
+
+def train_one(config: RunConfig) -> dict[str, Any]:
+    from bridgelm.training import resume, train
+
+    path, started = Path(config.out) / config.name, time.process_time()
+    found = resume(path, quiet=True) if (path / "config.json").exists() else train(config, quiet=True)
+    return row_of(found, time.process_time() - started)
+
+
+def row_of(found: Any, seconds: float) -> dict[str, Any]:
+    """The compact facts of a finished run. `curve` is accuracy on validation against steps, FLOPs and rollouts."""
+    evals, steps = found.evals, found.metrics
+    last = evals[-1]
+    curve = [[e["step"], round(e["accuracy"], 4), e["flops"], e["rollouts"]] for e in evals]
+    own = {key: [round(e[key], 4) for e in steps if e.get(key) is not None] for key in WATCHED}
+    return {"final": found.result["final"]["accuracy"], "best": found.result.get("best", {}).get("accuracy"),
+            "hard": found.result["final"].get("hard", {}).get("accuracy"), "curve": curve, "flops": last["flops"],
+            "rollouts": last["rollouts"], "cpu_seconds": round(seconds, 1),
+            "reward": [round(e["reward"], 4) for e in steps if e.get("reward") is not None][::5],
+            "commit": found.info["commit"], "watched": {key: values for key, values in own.items() if values}}
+
+
+WATCHED = ["bridge/gain_honest", "bridge/shadow_reward", "dial/lambda", "dial/z", "barrier/nu", "lead/spread",
+           "guide/gain", "guide/share"]
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+def late(row: dict[str, Any]) -> float:
+    """Accuracy on validation, mean of the last two looks: what a setting is chosen by. Test is never looked at."""
+    return sum(point[1] for point in row["curve"][-2:]) / 2
+
+
+def choose() -> None:
+    """One setting a method for all three regimes, by its mean; joint's best of each regime beside it."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for row in rows():
+        if row["phase"] == "tune":
+            found.setdefault(row["label"], {}).setdefault(row["setting"], {})[row["regime"]] = late(row)
+    kept = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
+    main: dict[str, Setting] = {}
+    for label, settings in found.items():
+        whole = {i: sum(v.values()) / len(v) for i, v in settings.items()
+                 if len(v) == len(REGIMES) and i < len(GRID[label])}
+        if whole:
+            best = max(whole, key=lambda i: whole[i])
+            main[label] = GRID[label][best] | {"number": best, "score": round(whole[best], 4)}
+    envelope = {}
+    for regime in REGIMES:
+        scores = {i: v[regime] for i, v in found.get("joint", {}).items() if regime in v}
+        best = max(scores, key=lambda i: scores[i])
+        envelope[regime] = (GRID["joint"] + ENVELOPE)[best] | {"number": best, "score": scores[best]}
+    CHOSEN.write_text(json.dumps(kept | {"main": main, "envelope": envelope}, indent=1) + "\n")
+    for label, setting in main.items():
+        print(label, setting)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "choose"])
+    parser.add_argument("phase", nargs="?", choices=list(SEEDS))
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "pilot")
+    args = parser.parse_args()
+    if args.what == "choose":
+        choose()
+    elif args.phase is None:
+        sys.exit("which phase?")
+    else:
+        run(args.phase, args.methods, args.runs, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
