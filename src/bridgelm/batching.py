@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,21 @@ def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
     for i, row in enumerate(demos):
         out[i * parts // len(demos)].append(row)
     return [part for part in out if part]
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """Two parts that share no group and no demonstration, with the counts of the whole: their gradients add up to the
+    batch's, and are two independent estimates of half of it."""
+    where: dict[tuple[str, int], int] = {}
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    demos = 0
+    for row in batch.rows:
+        if row.kind == "demo":
+            parts[demos % 2].append(row)
+            demos += 1
+        else:
+            parts[where.setdefault((row.at, row.group), len(where)) % 2].append(row)
+    return replace(batch, rows=tuple(parts[0])), replace(batch, rows=tuple(parts[1]))
 
 
 def plan(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:

@@ -209,6 +209,12 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         write_json(self.path / "result.json", result)
 
+    def write_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Anew each time: a table is computed from the whole run."""
+        path = self.path / "tables" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(clean(row)) + "\n" for row in rows), encoding="utf-8")
+
     def close(self) -> None:
         self._close_files()
         for sink in self._sinks or []:

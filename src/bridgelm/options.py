@@ -71,23 +71,36 @@ BRIDGE_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class BridgeOptions(Strict):
-    """Settings of the paper (lambda .5, rank 16, alpha 16) and of its open readings. beta: see docs/bridge.md."""
+class LowRank(Strict):
+    """w: theta + (alpha / rank) B A. The paper's rank 16, alpha 16 and lambda .5; beta: see docs/bridge.md."""
+
+    rl: PolicyGradient = PolicyGradient()
+    lam: Share = Field(default=0.5, alias="lambda")
+    beta: Rate | None = None  # rate of w; default: the rate of theta
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Rate = 16.0
+    modules: str = ""  # regular expression of the linear layers that carry w; empty: all of them
+
+
+class Shadowed(LowRank):
+    """A shadow that learns from the joint policy's rollouts by truncated token ratios."""
+
+    probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
+    ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio
+
+
+class BridgeOptions(Shadowed):
+    """Settings of the paper and of its open readings."""
 
     name: Literal["bridge"] = "bridge"
     preset: Literal["repaired", "paper"] = "repaired"
-    rl: PolicyGradient = PolicyGradient()
-    lam: Share = Field(default=0.5, alias="lambda")
     lambda_start: Share | None = None  # with it, lambda moves linearly from here to `lambda` over the run
-    beta: Rate | None = None  # rate of w; default: the rate of theta
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Rate = 16.0  # w enters as theta + (alpha / rank) B A
-    modules: str = ""  # regular expression of the linear layers that carry w; empty: all of them
     exclusive: bool = False  # theta leaves the modules of w alone (the non-degenerate reading)
     resync_every: Annotated[int, Field(ge=0)] = 0  # 0: persistent shadow; 1: the one-step reading
     shadow_rollouts: Literal["shared", "own"] = "shared"
-    probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
-    ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio (`ratio = "truncate"`)
+    # Controls of the third term: joint RL without the shadow's part (`rl`), none at all (`sft`), a shadow that stays at
+    # the start (`frozen`), and two placebos: noise of its norm (`noise`), and advantages dealt out anew (`permuted`).
+    third: Literal["gain", "rl", "sft", "frozen", "noise", "permuted"] = "gain"
     shadow_step: Literal["shared_moments", "plain"] = "shared_moments"
     ratio: Literal["truncate", "clip"] = "truncate"
 
@@ -109,7 +122,64 @@ class BridgeOptions(Strict):
         return self
 
 
-SingleOptions = SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions
+class BridgeLeakyOptions(Shadowed):
+    """BRIDGE with a shadow that is kept near theta, and a w that moves as far as its third term can be trusted."""
+
+    name: Literal["bridge_leaky"] = "bridge_leaky"
+    leak: Share = 1 / 15  # share of the way to theta that the shadow is pulled in each step
+    agreement_decay: Share = 0.9  # of the running mean of how far two half-batches agree on the third term
+
+
+class BridgeDialOptions(Shadowed):
+    """lambda is turned by reward: the shadow says where more or less imitation leads."""
+
+    name: Literal["bridge_dial"] = "bridge_dial"
+    leak: Share = 1 / 15
+    eta: Annotated[float, Field(ge=0)] = 0.1  # most that logit(lambda) moves in a step
+    limit: Rate = 4.0  # of |logit(lambda)|
+    scales: list[Annotated[float, Field(ge=0)]] = [0.0, 0.5, 1.0, 1.5]  # of theta - shadow, tried on validation
+
+
+class BarrierOptions(Strict):
+    """Of the policies that are best by reward, the one that fits the demonstrations best; no shadow."""
+
+    name: Literal["barrier"] = "barrier"
+    rl: PolicyGradient = PolicyGradient()
+    eta: Rate = 1.0  # size of RL's part against SFT's where the two do not conflict
+    decay: Share = 0.9  # of the running means of c, n_S and n_R
+    cap: Rate = 100.0  # of nu
+    low: Share = 0.05  # mean reward under which a vanished RL gradient means "nothing solved yet", not "optimal"
+
+
+class TokenLeadOptions(Strict):
+    """Joint mixing whose demonstration tokens are weighted by what they do for reward."""
+
+    name: Literal["token_lead"] = "token_lead"
+    rl: PolicyGradient = PolicyGradient()
+    mu: Annotated[float, Field(ge=0)] = 1.0  # J_RL + mu J_SFT, divided by 1 + mu, as in `joint`
+    eta: Annotated[float, Field(ge=0)] = 1.0  # weight exp(eta a / deviation of a); 0 is `joint`
+    limit: Rate = 3.0  # of |a| in deviations
+    decay: Share = 0.9  # of the running mean of RL's gradient that is looked ahead along
+    move: Rate = 0.01  # root mean square change of a token's log-prob by the look ahead
+    memory: Share = 0.0  # > 0: running mean of each token's alignment over the epochs, kept with this decay
+    source: str = "source"  # column of the data that names where a demonstration comes from
+    shuffled: bool = False  # control: the same weights, dealt out to other tokens
+
+
+class GuideOptions(LowRank):
+    """w is a guide that half of the rollouts follow and that is taken away in the end."""
+
+    name: Literal["guide"] = "guide"
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of each group that follows the guide, at first
+    kappa: Annotated[float, Field(ge=0)] = 0.01  # pull of the guide towards theta: KL(guide || theta)
+    shape: Rate = 0.1  # a guided success weighs p / (p + shape), p its token's probability without the guide
+    ratio_cap: Rate = 2.0  # of the token ratio of guided failures
+    decay: Share = 0.9  # of the running mean of the gain
+    warmup: Annotated[int, Field(ge=0)] = 20  # steps before the guide's share follows its gain
+
+
+SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
+                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions)
 
 
 class Stage(Strict):

@@ -1,17 +1,12 @@
-"""The policy: one live Hugging Face model and the named groups of weights that it is made of.
-
-    live weight = theta (or a frozen base) + sum of low-rank terms  s B A  of theta (LoRA training) and of w (BRIDGE)
+"""The policy: gradients and steps of the groups of weights that one live model is made of (`weights.py`).
 
 The live model holds merged weights and has no adapter modules. One ordinary backward pass gives G = dL/dW, and from it
-dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for two small products a matrix. Masters are
-float32 (float64 in float64 runs); the live weights are rebuilt from them, never merged and unmerged in place.
+dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for two small products a matrix.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +16,12 @@ from torch import Tensor
 
 from bridgelm import batching, grads, optim
 from bridgelm.config import OptimConfig
-from bridgelm.errors import UserError
 from bridgelm.forward import forward
 from bridgelm.grads import Gradient
-from bridgelm.groups import Group, low_rank, trainable
+from bridgelm.groups import Group, trainable
 from bridgelm.ledger import Ledger
 from bridgelm.types import Batch, Live, Micro, Row
+from bridgelm.weights import Weights
 
 Terms = Callable[[Micro, Live], Mapping[str, Tensor]]
 
@@ -49,114 +44,22 @@ class Named:
     group: str
     lr: float
     moved: float = 0.0  # norm of the last step
+    shrink: float = 1.0  # clip factor of the last step
 
 
-class Policy:
+class Policy(Weights):
     def __init__(self, model: Any, config: OptimConfig, ledger: Ledger, micro_tokens: int, seed: int = 0,
                  lora: tuple[int, float, str] | None = None) -> None:
-        self.model, self.config, self.ledger, self.micro_tokens, self.seed = model, config, ledger, micro_tokens, seed
-        self.params: dict[str, Any] = dict(model.named_parameters())
-        first = next(iter(self.params.values()))
-        self.dtype, self.device = first.dtype, first.device
-        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.frozen: dict[str, Tensor] = {}
-        self.groups: dict[str, Group] = {}
+        super().__init__(model, seed, lora)
+        self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
-        self.lora = lora
-        self._drifted = False  # whether frozen weights differ from those that the model was loaded with
-        if lora:
-            self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
-            self.groups["theta"] = self._low_rank("theta", *lora)
-        else:
-            masters = {n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()}
-            self.groups["theta"] = Group(masters)
-        self._stale = True
-
-    # -- weights ---------------------------------------------------------------------------------------------------
-
-    def linear_weights(self, pattern: str = "") -> list[str]:
-        """The weights of linear layers whose name matches; the output head is not one of them."""
-        head = self.model.get_output_embeddings()
-        return [f"{name}.weight" for name, module in self.model.named_modules()
-                if isinstance(module, torch.nn.Linear) and module is not head and re.search(pattern, name)]
-
-    def _low_rank(self, group: str, rank: int, alpha: float, pattern: str) -> Group:
-        names = self.linear_weights(pattern)
-        if not names:
-            raise UserError(f"no linear layer of the model matches {pattern!r}: see model.lora_modules and "
-                            "method.modules")
-        shapes = {name: self.params[name].shape for name in names}
-        return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
-
-    def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False) -> None:
-        """Adds w. With `exclusive`, theta leaves the matrices of w alone."""
-        w = self.groups["w"] = self._low_rank("w", rank, alpha, pattern)
-        if exclusive:
-            self._drifted = True  # a stage before may have moved what is frozen now
-            theta = self.groups["theta"]
-            for name in w.low:
-                if name in theta.low:  # what theta has learnt there stays, in the base that its start is measured from
-                    self.frozen[name] = (self.frozen[name].to(self.master) + theta.delta(name)).to(self.dtype)
-                    for group in (theta, self.groups.get("reference", theta)):
-                        group.low.pop(name, None)
-                elif name in theta.full:
-                    self.frozen[name] = theta.full.pop(name).detach()
-            if not theta.flat():
-                raise UserError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
-        self._stale = True
-
-    def fork(self, name: str) -> None:
-        """A copy of theta under another name: the shadow, or a frozen reference."""
-        self.groups[name] = self.groups["theta"].clone()
-
-    def copy(self, source: str, target: str) -> None:
-        with torch.no_grad():
-            for name, t in self.groups[target].flat().items():
-                t.copy_(self.groups[source].flat()[name])
-
-    def _parts(self, at: str) -> list[Group]:
-        """What the weights at a point are made of. The shadow shares w; the reference is a start without it."""
-        mine = self.groups["theta" if at == "live" else at]
-        return [mine, self.groups["w"]] if "w" in self.groups and at != "reference" else [mine]
-
-    @torch.no_grad()
-    def weights(self, at: str = "live") -> dict[str, Tensor]:
-        """Merged weights in the model's dtype; tensors of their own only where something had to be computed."""
-        out = {}
-        parts = self._parts(at)
-        for name in self.params:
-            whole = parts[0].full.get(name)
-            weight = self.frozen[name] if whole is None else whole
-            for part in parts:
-                if name in part.low:
-                    weight = weight.to(self.master) + part.delta(name)
-            out[name] = weight.detach().to(self.dtype)
-        return out
-
-    @contextmanager
-    def at(self, point: str = "live") -> Iterator[Any]:
-        """The model with the weights of a point, for the length of the block."""
-        if self._stale:
-            for name, weight in self.weights("live").items():
-                self.params[name].data = weight
-            self._stale = False
-        if point == "live":
-            yield self.model
-            return
-        kept = {name: p.data for name, p in self.params.items()}
-        for name, weight in self.weights(point).items():
-            self.params[name].data = weight
-        try:
-            yield self.model
-        finally:
-            for name, p in self.params.items():
-                p.data = kept[name]
 
     @torch.no_grad()
     def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
-        """Ends a stage: w becomes part of theta (of the frozen base in LoRA training), forks and optimisers go."""
-        theta, w = self.groups["theta"], self.groups.get("w", Group())
+        """Ends a stage: w becomes part of theta (of the frozen base in LoRA training), a removable one, the forks and
+        the optimisers go."""
+        theta, w = self.groups["theta"], self._w("live")
         for name in w.low:
             target = theta.full.get(name, self.frozen.get(name))
             assert target is not None
@@ -172,7 +75,7 @@ class Policy:
         self.optimisers = {n: o for n, o in self.optimisers.items() if keep_optimiser and n == "theta"}
         for named in self.optimisers.values():
             named.optimiser.param_groups[0]["params"] = list(theta.flat().values())
-        self._drifted, self._stale = bool(w.low) or self._drifted, True
+        self._drifted, self._stale, self.removable = bool(w.low) or self._drifted, True, False
 
     # -- gradients and steps ---------------------------------------------------------------------------------------
 
@@ -190,7 +93,7 @@ class Policy:
     def grad(self, terms: Terms, batch: Batch, coef: Mapping[str, float], at: str = "live",
              entropy: bool = False) -> Grads:
         """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, at one snapshot."""
-        group, w = self.groups["theta" if at == "live" else at], self.groups.get("w", Group())
+        group, w = self._theta(at), self._w(at)
         wanted = trainable((group, w))
         for name, p in self.params.items():
             p.requires_grad_(name in wanted)
@@ -242,18 +145,22 @@ class Policy:
         self.ledger.score += sum(len(row.ids) for row in rows)
         return [logps[i] for i in range(len(rows))]
 
-    def apply(self, name: str, gradient: Gradient) -> float:
-        """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place."""
+    def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None) -> float:
+        """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place.
+        `rate` multiplies the learning rate; `clip_as` takes over the clip factor of another optimiser's last step."""
         named = self.optimisers[name]
         params = self.groups[named.group].flat()
         size = grads.norm(gradient)
-        shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
+        named.shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
+        if clip_as is not None:
+            named.shrink = self.optimisers[clip_as].shrink
         for key, p in params.items():
-            p.grad = gradient[key].mul_(shrink)
+            p.grad = gradient[key].mul_(named.shrink)
+        lr = named.lr * self.factor * rate
         for group in named.optimiser.param_groups:
-            group["lr"] = named.lr * self.factor
+            group["lr"] = lr
         named.optimiser.step()
-        named.moved = (named.lr * self.factor * size * shrink if isinstance(named.optimiser, torch.optim.SGD)
+        named.moved = (lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD)
                        else optim.last_step_norm(named.optimiser))
         for p in params.values():
             p.grad = None

@@ -16,7 +16,7 @@ from bridgelm.data import Data
 from bridgelm.engine import Engine, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.policy import Policy
-from bridgelm.types import Completion, Demo, Grade, Problem, Row, Verdict
+from bridgelm.types import Completion, Demo, Grade, Metrics, Problem, Row, Verdict
 
 WINDOW = 256  # answers that the verifier's error rate is taken over
 ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
@@ -97,3 +97,20 @@ class Roller:
         """Fills in the frozen reference's log-probs."""
         logps = self.policy.score(rows, at="reference")
         return [replace(row, ref_logps=logp) for row, logp in zip(rows, logps, strict=True)]
+
+
+def summary(rows: list[Row]) -> Metrics:
+    """What a step's rollouts of the live weights say."""
+    live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
+    graded = [row for row in live if row.verdict is not Verdict.ERROR]
+    if not graded:
+        return {"errors": 1.0} if live else {}
+    spread = credit.spread(live)
+    return {"reward": float(np.mean([row.reward for row in graded])),
+            "correct": float(np.mean([row.verdict is Verdict.CORRECT for row in graded])),
+            "errors": 1 - len(graded) / len(live),
+            "length": float(np.mean([row.own.sum() for row in live])),
+            "truncated": float(np.mean([not row.finished for row in live])),
+            "flat_groups": 1 - sum(spread.values()) / max(1, len(spread)),
+            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.own] for row in live  # type: ignore[index]
+                                                      if row.old_logps is not None])))}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import checkpoint, credit
+from bridgelm import checkpoint
 from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
@@ -29,9 +29,9 @@ from bridgelm.methods.base import NEEDS
 from bridgelm.metrics import RunFolder
 from bridgelm.policy import Policy
 from bridgelm.progress import Progress
-from bridgelm.rollout import Roller
+from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
-from bridgelm.types import Metrics, Problem, Row, Verdict
+from bridgelm.types import Metrics, Problem, Row
 from bridgelm.verify import build_verifier
 
 
@@ -185,25 +185,9 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
     metrics = {key: float(np.mean([m[key] for m in found if key in m])) for key in {k for m in found for k in m}}
     _warn(session, metrics)
     _keep_samples(session, rows)
-    return {"phase": method.phase, **_rollout_metrics(rows), **dict(sorted(metrics.items())),
+    return {"phase": method.phase, **summary(rows), **dict(sorted(metrics.items())),
             "lr": session.policy.optimisers["theta"].lr * policy.factor,
             "time/rollout": gathered - clock, "time/update": time.perf_counter() - gathered}
-
-
-def _rollout_metrics(rows: list[Row]) -> Metrics:
-    live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
-    graded = [row for row in live if row.verdict is not Verdict.ERROR]
-    if not graded:
-        return {"errors": 1.0} if live else {}
-    spread = credit.spread(live)
-    return {"reward": float(np.mean([row.reward for row in graded])),
-            "correct": float(np.mean([row.verdict is Verdict.CORRECT for row in graded])),
-            "errors": 1 - len(graded) / len(live),
-            "length": float(np.mean([row.own.sum() for row in live])),
-            "truncated": float(np.mean([not row.finished for row in live])),
-            "flat_groups": 1 - sum(spread.values()) / max(1, len(spread)),
-            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.own] for row in live  # type: ignore[index]
-                                                      if row.old_logps is not None])))}
 
 
 def _keep_samples(session: Session, rows: list[Row]) -> None:
@@ -257,6 +241,12 @@ def save(session: Session) -> None:
 def finish(session: Session) -> None:
     """The final and the best weights, both measured on the test set."""
     session.display.state("testing")
+    validation = session.data.splits.validation[:session.config.eval.problems]
+    found = session.method.deploy(session.policy, lambda: _measure(session, validation, 0)["accuracy"])
+    if found:
+        session.event("deploy", **found)
+    for name, rows in session.method.tables().items():
+        session.folder.write_table(name, rows)
     checkpoint.save_model(session.policy, session.chat, session.path / "final")
     result = {"final": {"step": session.step, **_test(session)}}
     best = session.best.get("step")

@@ -125,7 +125,9 @@ class Stub:
         theta = self.groups["theta"]
         return float(theta), float(self.groups.get("shadow", theta)), float(self.groups.get("w", tensor(0.0)))
 
-    def add_w(self, rank: int, alpha: float, modules: str = "", exclusive: bool = False) -> None:
+    def add_w(
+        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, removable: bool = False
+    ) -> None:
         self.groups["w"] = tensor(self.w_start)
 
     def fork(self, name: str) -> None:
@@ -133,6 +135,9 @@ class Stub:
 
     def copy(self, source: str, target: str) -> None:
         self.groups[target].copy_(self.groups[source])
+
+    def lean(self, name: str, toward: str, share: float) -> None:
+        self.groups[name] += share * (self.groups[toward] - self.groups[name])
 
     def optimiser(
         self,
@@ -153,15 +158,20 @@ class Stub:
         g_theta, g_w, losses = closed_form(self.problem, float(theta), 0.0 if w is None else float(w), coef)
         return Grads({"x": tensor(g_theta)}, {} if w is None else {"x": tensor(g_w)}, losses, {})
 
-    def apply(self, name: str, gradient: dict[str, torch.Tensor]) -> float:
+    def apply(
+        self, name: str, gradient: dict[str, torch.Tensor], rate: float = 1.0, clip_as: str | None = None
+    ) -> float:
         self.log.append(("apply", name, "", self.point))
         named = self.optimisers[name]
-        self.groups[named.group] -= named.lr * gradient["x"]
-        named.moved = named.lr * abs(float(gradient["x"]))
+        self.groups[named.group] -= rate * named.lr * gradient["x"]
+        named.moved = rate * named.lr * abs(float(gradient["x"]))
         return abs(float(gradient["x"]))
 
     def precondition(self, name: str, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return gradient
+
+    def dot(self, g: dict[str, torch.Tensor], h: dict[str, torch.Tensor], metric: str | None = None) -> float:
+        return grads.dot(g, h)
 
 
 class Shipped(Policy):
@@ -170,6 +180,7 @@ class Shipped(Policy):
     def __init__(self, problem: Any, config: Any, theta: float = 0.0, w: float = 0.0) -> None:
         self.problem, self.config, self.w_start = problem, config, w
         self.frozen, self.optimisers, self.factor, self._drifted, self._stale = {}, {}, 1.0, False, False
+        self.removable = False
         self.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
 
     @property
@@ -179,7 +190,9 @@ class Shipped(Policy):
             for g in ("theta", "shadow", "w")
         )
 
-    def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False) -> None:
+    def add_w(
+        self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False, removable: bool = False
+    ) -> None:
         self.groups["w"] = Group({"x": tensor(self.w_start).requires_grad_()})
 
     def grad(self, terms: Any, batch: Batch, coef: Any, at: str = "live", entropy: bool = False) -> Grads:

@@ -49,9 +49,9 @@ class Recorded:
                 self.merged.append({n: p.detach().clone() for n, p in model.named_parameters()})
             return grad(terms, batch, coef, at, entropy)
 
-        def watched_apply(name: str, gradient: Any) -> float:
+        def watched_apply(name: str, gradient: Any, **options: Any) -> float:
             self.calls.append(("apply", name, copy_of(policy)))
-            return apply(name, gradient)
+            return apply(name, gradient, **options)
 
         policy.grad, policy.apply = watched_grad, watched_apply  # type: ignore[method-assign]
 

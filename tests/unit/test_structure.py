@@ -33,7 +33,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS = [
     ["types", "errors", "options", "config"],
     ["toy", "chat", "data", "data_*", "verify", "dist"],
-    ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "policy"],
+    ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy"],
     ["credit", "losses", "cooperation", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "evaluation", "training", "training_*"],

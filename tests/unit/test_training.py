@@ -15,6 +15,7 @@ import pytest
 import bridgelm
 from bridgelm import checkpoint, credit, training
 from bridgelm.errors import UserError
+from bridgelm.rollout import summary
 from bridgelm.types import Grade, Row, Verdict
 
 Raw = Callable[..., dict[str, Any]]
@@ -193,7 +194,7 @@ def test_errors_leave_the_group_and_never_score_zero(session: Sessions) -> None:
     assert "pg" not in rows[0].streams, "a failed grade has no part in the loss"
     assert rows[1].streams["pg"].weight[0] == pytest.approx(2 / 3), "the baseline is over the rest"
     assert not any("pg" in row.streams for row in rows[4:8]), "a group with one grade is left out"
-    found = training._rollout_metrics(rows)
+    found = summary(rows)
     assert found["errors"] == pytest.approx(4 / 16)
     assert found["reward"] == pytest.approx(np.mean([r.reward for r in rows if r.verdict is not Verdict.ERROR]))
     assert found["flat_groups"] == pytest.approx(1 / 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -65,6 +65,15 @@ class Method(ABC):
     def warnings(self, metrics: Metrics) -> list[str]:
         """What a user should be told about this update; the trainer says each text once."""
         return []
+
+    def deploy(self, policy: Policy, accuracy: Callable[[], float]) -> Metrics:
+        """After the last step: may move theta to what is to be deployed, by the accuracy of the live weights on the
+        validation set."""
+        return {}
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """What was found out beyond numbers a step, for files in the run folder, by name."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -9,7 +9,7 @@ Trap: cold start is the baseline that most mixed methods fail to beat once its S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from torch import Tensor
@@ -79,6 +79,12 @@ class Sequence(Method):
 
     def rate(self, step: int) -> float:
         return self.stage.rate(step - self._start())
+
+    def deploy(self, policy: Policy, accuracy: Callable[[], float]) -> Metrics:
+        return self.stage.deploy(policy, accuracy)  # of the last stage; the others hand on what they end with
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        return {name: rows for stage in self.stages for name, rows in stage.tables().items()}
 
     def state(self) -> dict[str, Any]:
         return {"current": self.current, "stages": [stage.state() for stage in self.stages]}

@@ -1,0 +1,146 @@
+"""What a model is made of: one live Hugging Face model and the named groups of weights merged into it.
+
+    live weight = theta (or a frozen base) + sum of low-rank terms  s B A  of theta (LoRA training) and of w (BRIDGE)
+
+Masters are float32 (float64 in float64 runs); the live weights are rebuilt from them, never merged and unmerged in
+place. A point is a place to look at the model from: `live`, the name of a group that stands in for theta (a shadow, a
+reference), or `guide`, which is theta with a removable w.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridgelm.errors import UserError
+from bridgelm.grads import Gradient
+from bridgelm.groups import Group, low_rank
+
+
+class Weights:
+    def __init__(self, model: Any, seed: int = 0, lora: tuple[int, float, str] | None = None) -> None:
+        self.model, self.seed, self.lora = model, seed, lora
+        self.params: dict[str, Any] = dict(model.named_parameters())
+        first = next(iter(self.params.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.frozen: dict[str, Tensor] = {}
+        self.groups: dict[str, Group] = {}
+        self.removable = False  # whether w is a guide: the live model goes without it
+        self._drifted = False  # whether frozen weights differ from those that the model was loaded with
+        if lora:
+            self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
+            self.groups["theta"] = self._low_rank("theta", *lora)
+        else:
+            masters = {n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()}
+            self.groups["theta"] = Group(masters)
+        self._stale = True
+
+    def linear_weights(self, pattern: str = "") -> list[str]:
+        """The weights of linear layers whose name matches; the output head is not one of them."""
+        head = self.model.get_output_embeddings()
+        return [f"{name}.weight" for name, module in self.model.named_modules()
+                if isinstance(module, torch.nn.Linear) and module is not head and re.search(pattern, name)]
+
+    def _low_rank(self, group: str, rank: int, alpha: float, pattern: str) -> Group:
+        names = self.linear_weights(pattern)
+        if not names:
+            raise UserError(f"no linear layer of the model matches {pattern!r}: see model.lora_modules and "
+                            "method.modules")
+        shapes = {name: self.params[name].shape for name in names}
+        return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
+
+    def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False,
+              removable: bool = False) -> None:
+        """Adds w. With `exclusive`, theta leaves the matrices of w alone; a `removable` w is only in `guide`."""
+        self.removable = removable
+        w = self.groups["w"] = self._low_rank("w", rank, alpha, pattern)
+        if exclusive:
+            self._drifted = True  # a stage before may have moved what is frozen now
+            theta = self.groups["theta"]
+            for name in w.low:
+                if name in theta.low:  # what theta has learnt there stays, in the base that its start is measured from
+                    self.frozen[name] = (self.frozen[name].to(self.master) + theta.delta(name)).to(self.dtype)
+                    for group in (theta, self.groups.get("reference", theta)):
+                        group.low.pop(name, None)
+                elif name in theta.full:
+                    self.frozen[name] = theta.full.pop(name).detach()
+            if not theta.flat():
+                raise UserError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
+        self._stale = True
+
+    def fork(self, name: str) -> None:
+        """A copy of theta under another name: the shadow, or a frozen reference."""
+        self.groups[name] = self.groups["theta"].clone()
+
+    def copy(self, source: str, target: str) -> None:
+        with torch.no_grad():
+            for name, t in self.groups[target].flat().items():
+                t.copy_(self.groups[source].flat()[name])
+
+    def lean(self, name: str, toward: str, share: float) -> None:
+        """Moves a group a share of the way to another: a leak."""
+        with torch.no_grad():
+            for key, t in self.groups[name].flat().items():
+                t.lerp_(self.groups[toward].flat()[key].detach(), share)
+        self._stale = self._stale or name == "theta"
+
+    @contextmanager
+    def offset(self, direction: Gradient, size: float) -> Iterator[str]:
+        """The name of a point `size` times `direction` away from theta, for the length of the block."""
+        self.fork("offset")
+        with torch.no_grad():
+            for key, t in self.groups["offset"].flat().items():
+                t.add_(direction[key], alpha=size)
+        try:
+            yield "offset"
+        finally:
+            del self.groups["offset"]
+
+    def _theta(self, at: str) -> Group:
+        """The group in theta's place at a point."""
+        return self.groups["theta" if at in ("live", "guide") else at]
+
+    def _w(self, at: str) -> Group:
+        """w where it is part of a point. A shadow shares it; the reference is a start without it; a guide can be
+        removed, and only the point `guide` has it."""
+        there = at == "guide" if self.removable else at != "reference"
+        return self.groups.get("w", Group()) if there else Group()
+
+    @torch.no_grad()
+    def weights(self, at: str = "live") -> dict[str, Tensor]:
+        """Merged weights in the model's dtype; tensors of their own only where something had to be computed."""
+        out = {}
+        parts = [self._theta(at), self._w(at)]
+        for name in self.params:
+            whole = parts[0].full.get(name)
+            weight = self.frozen[name] if whole is None else whole
+            for part in parts:
+                if name in part.low:
+                    weight = weight.to(self.master) + part.delta(name)
+            out[name] = weight.detach().to(self.dtype)
+        return out
+
+    @contextmanager
+    def at(self, point: str = "live") -> Iterator[Any]:
+        """The model with the weights of a point, for the length of the block."""
+        if self._stale:
+            for name, weight in self.weights("live").items():
+                self.params[name].data = weight
+            self._stale = False
+        if point == "live":
+            yield self.model
+            return
+        kept = {name: p.data for name, p in self.params.items()}
+        for name, weight in self.weights(point).items():
+            self.params[name].data = weight
+        try:
+            yield self.model
+        finally:
+            for name, p in self.params.items():
+                p.data = kept[name]
