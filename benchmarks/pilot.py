@@ -54,34 +54,41 @@ def cold_start(sft_steps: int, sft_lr: float, lr: float) -> Setting:
 
 
 def of_bridge(name: str, **fixed: Any) -> list[Setting]:
-    return [method(name, beta=beta, probe_every=10, **{"lambda": lam}, **fixed)
-            for beta in (1e-4, 5e-4) for lam in (0.5, 0.77, 0.91)]
+    return [method(name, lr, beta=beta, probe_every=10, **{"lambda": lam}, **fixed) for lr, beta, lam in
+            ((1e-3, 2e-4, 0.5), (1e-3, 2e-4, 0.77), (1e-3, 2e-4, 0.91), (5e-4, 1e-4, 0.77), (1e-3, 1e-3, 0.77),
+             (5e-4, 5e-4, 0.91))]
 
 
-# Six settings each: the mixing weight and the rates. The mixing weights of joint and BRIDGE are the same mixtures.
+# The mixing weight and the rates. lambda .5, .77 and .91 are the mixtures mu = 1, .3 and .1 of joint.
 GRID: dict[str, list[Setting]] = {
     "grpo": [method("grpo", lr) for lr in (2e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3)],
     "cold_start": [cold_start(200, 1e-3, 5e-4), cold_start(100, 1e-3, 5e-4), cold_start(50, 1e-3, 5e-4),
-                   cold_start(200, 5e-4, 5e-4), cold_start(200, 1e-3, 3e-4), cold_start(100, 1e-3, 8e-4)],
-    "joint": [method("joint", mu=1.0), method("joint", mu=0.3), method("joint", mu=0.1),
-              method("joint", mu=1.0, mu_end=0.0, schedule="linear"),
-              method("joint", mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 8e-4, mu=0.3)],
+                   cold_start(200, 5e-4, 5e-4), cold_start(200, 1e-3, 3e-4), cold_start(100, 1e-3, 8e-4),
+                   cold_start(200, 5e-4, 1e-3), cold_start(100, 1e-3, 1.2e-3)],
+    "joint": [method("joint", 1e-3, mu=1.0), method("joint", 1e-3, mu=0.3), method("joint", 1e-3, mu=0.1),
+              method("joint", 1e-3, mu=1.0, mu_end=0.0, schedule="linear"),
+              method("joint", 1e-3, mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 5e-4, mu=0.3)],
     "bridge": of_bridge("bridge"),
     "bridge_paper": of_bridge("bridge", preset="paper"),
     "bridge_leaky": of_bridge("bridge_leaky"),
-    "bridge_dial": [method("bridge_dial", beta=beta, eta=eta, probe_every=10, **{"lambda": lam})
-                    for eta, beta in ((0.1, 1e-4), (0.3, 1e-4), (0.1, 5e-4)) for lam in (0.5, 0.77)],
+    "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, **{"lambda": lam}) for lr, beta, eta, lam in
+                    ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.3, 0.5), (1e-3, 2e-4, 0.3, 0.77),
+                     (5e-4, 1e-4, 0.1, 0.77), (1e-3, 1e-3, 0.1, 0.77))],
     "barrier": [method("barrier", lr, eta=eta) for lr, eta in
-                ((5e-4, 0.5), (5e-4, 1.0), (5e-4, 2.0), (5e-4, 4.0), (8e-4, 1.0), (8e-4, 2.0))],
-    "token_lead": [method("token_lead", mu=mu, eta=eta) for eta in (0.5, 1.0) for mu in (1.0, 0.3, 0.1)],
+                ((1e-3, 0.5), (1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (5e-4, 1.0), (5e-4, 2.0))],
+    "token_lead": [method("token_lead", lr, mu=mu, eta=eta, source="wrong_demos") for lr, mu, eta in
+                   ((1e-3, 1.0, 1.0), (1e-3, 0.3, 1.0), (1e-3, 0.1, 1.0), (1e-3, 0.3, 0.5), (1e-3, 1.0, 2.0),
+                    (5e-4, 0.3, 1.0))],
     "guide": [method("guide", lr, beta=beta, **{"lambda": lam}) for lr, beta, lam in
-              ((5e-4, 1e-3, 0.5), (5e-4, 3e-3, 0.5), (5e-4, 1e-3, 0.9), (5e-4, 3e-3, 0.9), (8e-4, 1e-3, 0.5),
-               (8e-4, 3e-3, 0.5))],
+              ((1e-3, 1e-3, 0.5), (1e-3, 3e-3, 0.5), (1e-3, 1e-3, 0.9), (1e-3, 3e-3, 0.9), (5e-4, 1e-3, 0.5),
+               (1.4e-3, 1e-3, 0.5))],
 }
 # Further mixtures of joint, for the best one of each regime: not a method, but what a user with a validation set of
 # every regime could reach by trying.
-ENVELOPE = [method("joint", mu=3.0), method("joint", mu=0.03), method("joint", mu=3.0, mu_end=0.0, schedule="linear"),
-            method("joint", 8e-4, mu=1.0, mu_end=0.0, schedule="linear")]
+ENVELOPE = [method("joint", 5e-4, mu=1.0), method("joint", 1e-3, mu=0.03),
+            method("joint", 1e-3, mu=3.0, mu_end=0.0, schedule="linear"),
+            method("joint", 5e-4, mu=1.0, mu_end=0.0, schedule="linear")]
+NO_DEMOS = {"grpo"}  # the same run whether demonstrations are right or wrong: trained once, its row stands for both
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
         chosen = [(label, 0, setting) for label, setting in settings_of(phase).items()]
     wanted = [entry for entry in chosen if methods is None or entry[0] in methods]
     return [job(phase, label, i, setting, regime, family, seed, runs) for seed in SEEDS[phase] for family in families
-            for label, i, setting in wanted for regime in REGIMES]
+            for label, i, setting in wanted for regime in REGIMES
+            if not (label in NO_DEMOS and regime == "misleading")]
 
 
 def settings_of(phase: str) -> dict[str, Setting]:
@@ -178,7 +186,9 @@ WATCHED = ["bridge/gain_honest", "bridge/shadow_reward", "dial/lambda", "dial/z"
 
 
 def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return found + [row | {"regime": "misleading"} for row in found
+                    if row["label"] in NO_DEMOS and row["regime"] == "redundant"]
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
