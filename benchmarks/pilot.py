@@ -14,6 +14,7 @@ not trained again. Everything is predicted in docs/log.md before it is run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -93,7 +94,8 @@ NO_DEMOS = {"grpo"}  # the same run whether demonstrations are right or wrong: t
 
 @dataclass(frozen=True)
 class Job:
-    """One run; `key` is its identity in the rows."""
+    """One run; `key` is its identity in the rows, with the digest of its setting: a grid that was changed since is
+    another run."""
 
     phase: str
     label: str
@@ -102,20 +104,23 @@ class Job:
     family: str
     seed: int
     config: RunConfig
+    digest: str
 
     @property
     def key(self) -> str:
-        return "/".join([self.phase, self.label, str(self.setting), self.family, self.regime, str(self.seed)])
+        return "/".join([self.phase, self.label, self.digest, self.family, self.regime, str(self.seed)])
 
 
 def job(phase: str, label: str, number: int, setting: Setting, regime: str, family: str, seed: int,
         runs: Path) -> Job:
+    setting = {key: setting[key] for key in ("method", "lr", "steps") if key in setting}
+    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8]
     overrides = [*REGIMES[regime], *FAMILIES[family], *COMMON]
     raw = load_config(ROOT / "recipes" / "toy" / "joint.toml", overrides).resolved()
-    raw |= {"name": f"{phase}-{label}-{number}-{family}-{regime}-{seed}", "out": str(runs), "seed": seed, "threads": 1,
+    raw |= {"name": f"{phase}-{label}-{digest}-{family}-{regime}-{seed}", "out": str(runs), "seed": seed, "threads": 1,
             "steps": setting.get("steps", STEPS), "method": setting["method"]}
     raw["optim"]["lr"] = setting["lr"]
-    return Job(phase, label, number, regime, family, seed, RunConfig.model_validate(raw))
+    return Job(phase, label, number, regime, family, seed, RunConfig.model_validate(raw), digest)
 
 
 def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
