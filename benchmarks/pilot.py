@@ -57,10 +57,10 @@ def cold_start(sft_steps: int, sft_lr: float, lr: float) -> Setting:
 def of_bridge(name: str, **fixed: Any) -> list[Setting]:
     return [method(name, lr, beta=beta, probe_every=10, **{"lambda": lam}, **fixed) for lr, beta, lam in
             ((1e-3, 2e-4, 0.5), (1e-3, 2e-4, 0.77), (1e-3, 2e-4, 0.91), (5e-4, 1e-4, 0.77), (1e-3, 1e-3, 0.77),
-             (5e-4, 5e-4, 0.91))]
+             (1e-3, 2e-4, 0.97))]
 
 
-# The mixing weight and the rates. lambda .5, .77 and .91 are the mixtures mu = 1, .3 and .1 of joint.
+# The mixing weight and the rates. lambda .5, .77, .91 and .97 are the mixtures mu = 1, .3, .1 and .03 of joint.
 GRID: dict[str, list[Setting]] = {
     "grpo": [method("grpo", lr) for lr in (2e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3)],
     "cold_start": [cold_start(200, 1e-3, 5e-4), cold_start(100, 1e-3, 5e-4), cold_start(50, 1e-3, 5e-4),
@@ -68,25 +68,25 @@ GRID: dict[str, list[Setting]] = {
                    cold_start(200, 5e-4, 1e-3), cold_start(100, 1e-3, 1.2e-3)],
     "joint": [method("joint", 1e-3, mu=1.0), method("joint", 1e-3, mu=0.3), method("joint", 1e-3, mu=0.1),
               method("joint", 1e-3, mu=1.0, mu_end=0.0, schedule="linear"),
-              method("joint", 1e-3, mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 5e-4, mu=0.3)],
+              method("joint", 1e-3, mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 1e-3, mu=0.03)],
     "bridge": of_bridge("bridge"),
     "bridge_paper": of_bridge("bridge", preset="paper"),
     "bridge_leaky": of_bridge("bridge_leaky"),
     "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, **{"lambda": lam}) for lr, beta, eta, lam in
-                    ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.3, 0.5), (1e-3, 2e-4, 0.3, 0.77),
-                     (5e-4, 1e-4, 0.1, 0.77), (1e-3, 1e-3, 0.1, 0.77))],
+                    ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.1, 0.91), (1e-3, 2e-4, 0.3, 0.5),
+                     (1e-3, 2e-4, 0.3, 0.77), (1e-3, 1e-3, 0.3, 0.77))],
     "barrier": [method("barrier", lr, eta=eta) for lr, eta in
-                ((1e-3, 0.5), (1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (5e-4, 1.0), (5e-4, 2.0))],
+                ((1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (1e-3, 8.0), (1e-3, 16.0), (5e-4, 4.0))],
     "token_lead": [method("token_lead", lr, mu=mu, eta=eta, source="wrong_demos") for lr, mu, eta in
-                   ((1e-3, 1.0, 1.0), (1e-3, 0.3, 1.0), (1e-3, 0.1, 1.0), (1e-3, 0.3, 0.5), (1e-3, 1.0, 2.0),
-                    (5e-4, 0.3, 1.0))],
+                   ((1e-3, 1.0, 1.0), (1e-3, 0.3, 1.0), (1e-3, 0.1, 1.0), (1e-3, 0.03, 1.0), (1e-3, 0.3, 2.0),
+                    (1e-3, 0.1, 2.0))],
     "guide": [method("guide", lr, beta=beta, **{"lambda": lam}) for lr, beta, lam in
               ((1e-3, 1e-3, 0.5), (1e-3, 3e-3, 0.5), (1e-3, 1e-3, 0.9), (1e-3, 3e-3, 0.9), (5e-4, 1e-3, 0.5),
                (1.4e-3, 1e-3, 0.5))],
 }
 # Further mixtures of joint, for the best one of each regime: not a method, but what a user with a validation set of
 # every regime could reach by trying.
-ENVELOPE = [method("joint", 5e-4, mu=1.0), method("joint", 1e-3, mu=0.03),
+ENVELOPE = [method("joint", 5e-4, mu=1.0), method("joint", 5e-4, mu=0.3), method("joint", 1e-3, mu=0.01),
             method("joint", 1e-3, mu=3.0, mu_end=0.0, schedule="linear"),
             method("joint", 5e-4, mu=1.0, mu_end=0.0, schedule="linear")]
 NO_DEMOS = {"grpo"}  # the same run whether demonstrations are right or wrong: trained once, its row stands for both
