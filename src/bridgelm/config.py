@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
-from bridgelm.options import MethodOptions, Rate, SequenceOptions, Share, Strict
+from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict
 
 Count = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -147,7 +147,7 @@ class RunConfig(Strict):
         if isinstance(self.method, SequenceOptions):
             stage_steps(self.method, self.steps)
             stages = self.method.stages
-            if self.model.lora_rank and any(s.method.name == "bridge" for s in stages) and not all(
+            if self.model.lora_rank and any(isinstance(s.method, Shadowed) for s in stages) and not all(
                     s.fresh_reference for s in stages):
                 # Its w is merged into the frozen base that an older reference is measured from.
                 raise ValueError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older "

@@ -121,6 +121,20 @@ class BridgeOptions(Shadowed):
                              "by its own groups' deviations, and w's third term would be the gradient of no gain")
         return self
 
+    @model_validator(mode="after")
+    def _controls_ask_for_what_they_have(self) -> BridgeOptions:
+        """What a control does not have cannot be asked for."""
+        asked = {"probe_every": self.probe_every > 0, "resync_every": self.resync_every > 0,
+                 "shadow_rollouts": self.shadow_rollouts == "own"}
+        refused = {"rl": (set(asked), "has no shadow"), "sft": (set(asked), "has no shadow"),
+                   "frozen": ({"resync_every"}, "keeps its shadow at the start"),
+                   "permuted": ({"shadow_rollouts"}, "needs one set of rollouts to deal out the advantages of")}
+        keys, why = refused.get(self.third, (set(), ""))
+        wrong = [key for key, given in asked.items() if given and key in keys]
+        if wrong:
+            raise ValueError(f"third = {self.third!r} {why}: leave out {' and '.join(wrong)}")
+        return self
+
 
 class BridgeLeakyOptions(Shadowed):
     """BRIDGE with a shadow that is kept near theta, and a w that moves as far as its third term can be trusted."""
@@ -176,6 +190,13 @@ class GuideOptions(LowRank):
     ratio_cap: Rate = 2.0  # of the token ratio of guided failures
     decay: Share = 0.9  # of the running mean of the gain
     warmup: Annotated[int, Field(ge=0)] = 20  # steps before the guide's share follows its gain
+
+    @model_validator(mode="after")
+    def _no_reference(self) -> GuideOptions:
+        if self.rl.kl_coef > 0:
+            raise ValueError("rl.kl_coef must be 0: half of the rollouts are the guide's, and the estimate of "
+                             "KL(theta || start) needs theta's own; `kappa` is what holds the guide back")
+        return self
 
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions

@@ -18,6 +18,7 @@ from bridgelm.report_panels import (
     training_panels,
 )
 from bridgelm.report_plots import Panel, draw_files
+from bridgelm.report_tables import EXPLANATION, HEADING, demonstration_tables
 from bridgelm.runs import Run
 
 
@@ -79,6 +80,9 @@ def markdown(comparison: Comparison, title: str, figures: dict[str, str]) -> str
             if table.rows:
                 parts += [f"### {heading}", text.markdown_table(table)]
     parts += ["## Cost", text.markdown_table(text.cost_table(comparison))]
+    for i, (label, tables) in enumerate(demonstration_tables(comparison)):
+        parts += [] if i else [f"## {HEADING}", EXPLANATION]
+        parts += [*([f"### {label}"] if several else []), *map(text.markdown_table, tables)]
     parts += ["## Figures", *(f"![{heading}](figures/{name}.png)" for name, heading in figures.items())]
     parts += ["## How to read this", "\n".join(f"- {line}" for line in text.DEFINITIONS)]
     return text.harmless("\n\n".join(parts)) + "\n"

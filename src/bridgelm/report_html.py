@@ -31,6 +31,7 @@ from bridgelm.report_panels import (
 )
 from bridgelm.report_plots import PALETTE, Panel, esc, svg, svg_bars
 from bridgelm.report_samples import samples_section
+from bridgelm.report_tables import EXPLANATION, HEADING, demonstration_tables
 from bridgelm.runs import Run
 
 BRIDGES = 6  # methods whose diagnostics are drawn
@@ -68,6 +69,7 @@ def _sections(comparison: Comparison) -> list[tuple[str, str, str]]:
         ("differences", "Paired differences", _differences(comparison) if several else ""),
         ("cost", "Cost", _cost(comparison)),
         ("bridge", "BRIDGE's diagnostics", _diagnostics(comparison)),
+        ("demonstrations", HEADING, _demonstrations(comparison)),
         ("training", "Training", _small(training_panels(comparison), "Mean of the seeds, and their range.")),
         ("samples-view", "Sample rollouts", samples_section(comparison.runs)),
         ("runs", "Runs and reading aid", _runs(comparison)),
@@ -230,6 +232,15 @@ def _diagnostics(comparison: Comparison) -> str:
     more = len(methods) - BRIDGES
     left = f"<p>{more} more BRIDGE variants are drawn among the figure files.</p>" if more > 0 else ""
     return "".join(blocks) + left + _warnings([run for method in methods for run in method.runs])
+
+
+def _demonstrations(comparison: Comparison) -> str:
+    blocks = []
+    for label, tables in demonstration_tables(comparison):
+        cards = "".join(f'<div class="card">{html_table(table)}</div>' for table in tables)
+        heading = f"<h3>{esc(label)}</h3>" if len(comparison.methods) > 1 else ""
+        blocks.append(f'{heading}<div class="grid">{cards}</div>')
+    return f"<p>{esc(EXPLANATION)}</p>{''.join(blocks)}" if blocks else ""
 
 
 def _warnings(runs: Sequence[Run]) -> str:

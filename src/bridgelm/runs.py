@@ -96,6 +96,10 @@ class Run:
     def _samples(self) -> list[Event]:
         return read_lines(self.path / SAMPLES)
 
+    def table(self, name: str) -> list[Event]:
+        """What the method found out beyond numbers a step, e.g. "demonstrations"; empty if it wrote no such table."""
+        return read_lines(self.path / "tables" / f"{name}.jsonl")
+
     def last(self, key: str) -> float | None:
         """A cumulative metric's last value: seconds, rollouts, flops, tokens, flops/generate, ..."""
         for event in reversed(self.events):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0, "probe_every": 2}
+LEAKY = {"name": "bridge_leaky", "rank": 2, "alpha": 4.0, "probe_every": 2, "agreement_decay": 0.5}
+DIAL = {"name": "bridge_dial", "rank": 2, "alpha": 4.0, "probe_every": 2, "eta": 0.5, "scales": [0.0, 1.5]}
+GUIDE = {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1, "kappa": 0.1}
 SFT_THEN_GRPO = [{"method": {"name": "sft"}, "steps": 2, "lr": 2e-2}, {"method": {"name": "grpo"}}]
 
 METHOD: dict[str, dict[str, Any]] = {
@@ -12,21 +15,38 @@ METHOD: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
     "joint": {"name": "joint", "mu": 0.5, "mu_end": 0.1, "schedule": "cosine"},
     "alternate": {"name": "alternate"},
+    "barrier": {"name": "barrier"},
     "bridge": BRIDGE,
+    "bridge_leaky": LEAKY,
+    "bridge_dial": DIAL,
     "sequence": {"name": "sequence", "stages": SFT_THEN_GRPO},
+    "token_lead": {"name": "token_lead", "mu": 0.5},
+    "guide": GUIDE,
 }
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
     "grpo, constant length": {"name": "grpo", "rl": {"aggregate": "constant"}},
     "alternate, one optimiser": {"name": "alternate", "optimisers": "one", "every": 2, "half_steps": True},
+    "barrier with a reference": {"name": "barrier", "rl": {"kl_coef": 0.1}, "decay": 0.0, "cap": 3.0},
     "bridge paper": {**BRIDGE, "preset": "paper"},
     "bridge own rollouts": {**BRIDGE, "shadow_rollouts": "own", "rl": {"kl_coef": 0.1}},
     "bridge with a reference": {**BRIDGE, "rl": {"kl_coef": 0.1}},
+    "bridge_leaky with a reference": {**LEAKY, "leak": 0.3, "rl": {"kl_coef": 0.1}},
+    "bridge_dial, row means": {**DIAL, "leak": 0.0, "rl": {"kl_coef": 0.1, "aggregate": "row", "std": True}},
+    "token_lead with a memory": {"name": "token_lead", "memory": 0.5, "source": "difficulty", "rl": {"kl_coef": 0.1}},
+    "token_lead shuffled": {"name": "token_lead", "shuffled": True, "eta": 0.5},
     "bridge exclusive": {**BRIDGE, "exclusive": True, "modules": "mlp"},
     "bridge resync": {**BRIDGE, "resync_every": 1, "lambda_start": 0.9},
+    "bridge without a shadow": {**BRIDGE, "third": "rl", "probe_every": 0, "rl": {"kl_coef": 0.1}},
+    "bridge, w from SFT alone": {**BRIDGE, "third": "sft", "probe_every": 0, "rl": {"kl_coef": 0.1}},
+    "bridge, frozen shadow": {**BRIDGE, "third": "frozen"},
+    "bridge, noise": {**BRIDGE, "third": "noise"},
+    "bridge, permuted": {**BRIDGE, "third": "permuted", "rl": {"kl_coef": 0.1}, "resync_every": 2},
     "bridge then joint": {"name": "sequence", "stages": [
         {"method": {**BRIDGE, "exclusive": True, "modules": "mlp", "rl": {"kl_coef": 0.1}}, "steps": 2},
         {"method": {"name": "joint", "rl": {"kl_coef": 0.1}}, "fresh_optimiser": False, "fresh_reference": False}]},
+    "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
+    "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],

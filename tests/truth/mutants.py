@@ -58,8 +58,8 @@ class Mutant:
         return code
 
 
-APPLY_W = '        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))                    # (3)\n'
-STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))'
+APPLY_W = '        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))                 # (3)\n'
+STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))'
 STEP_SHADOW = 'policy.apply("shadow", shadow.theta)  '
 GAIN = "gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))"
 JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
@@ -68,6 +68,12 @@ KEEP = (
     ("        rl.theta.clear()\n", ""),
 )  # for mutants that misuse these
 AGAIN = 'policy.grad(self.terms, batch, {"nll": 1.0}), policy.grad(self.terms, batch, rl_coef(self.options.rl))'
+
+AS_IF = '1.0 if self.options.third == "sft" else 0.0'
+PLACEBO = '        placebo = self.placebo(policy, batch, "live")\n'
+PLACEBO_SHADOW = '        placebo_shadow = self.placebo(policy, batch, "shadow")\n'
+DIFFERENCE = "(1.0, placebo), (-1.0, placebo_shadow)"
+NOISE = "grads.norm(gradient) / grads.norm(noise)"
 
 MUTANTS: dict[str, Mutant] = {
     # the list of the third term and of the shadow
@@ -100,16 +106,18 @@ MUTANTS: dict[str, Mutant] = {
         "fixed_points",
     ),
     "w_sft_from_theta": Mutant(
-        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.theta), (lam, gain)))'), *KEEP), "fixed_points"
+        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.theta), (lam, bracket)))'), *KEEP), "fixed_points"
     ),
     "w_third_from_theta": Mutant(((GAIN, "gain = grads.mix((1.0, rl.w), (-1.0, shadow.theta))"),), "fixed_points"),
     "w_lambda_swapped": Mutant(
-        ((STEP_W, 'policy.apply("w", grads.mix((lam, sft.w), (1 - lam, gain)))'),), "fixed_points"
+        ((STEP_W, 'policy.apply("w", grads.mix((lam, sft.w), (1 - lam, bracket)))'),), "fixed_points"
     ),
     "w_gain_without_lambda": Mutant(
-        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.w), (1.0, gain)))'),), "fixed_points"
+        ((STEP_W, 'policy.apply("w", grads.mix((1 - lam, sft.w), (1.0, bracket)))'),), "fixed_points"
     ),
-    "w_ascends_the_loss": Mutant(((STEP_W, 'policy.apply("w", grads.mix((lam - 1, sft.w), (-lam, gain)))'),), "trace"),
+    "w_ascends_the_loss": Mutant(
+        ((STEP_W, 'policy.apply("w", grads.mix((lam - 1, sft.w), (-lam, bracket)))'),), "trace"
+    ),
     "beta_ignored": Mutant(
         (('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),), "every_option_of_the_step"
     ),
@@ -156,7 +164,7 @@ MUTANTS: dict[str, Mutant] = {
         ),
         "every_option_of_the_step",
     ),
-    "resync_twice_stepped": Mutant((("        if not resync:\n", "        if True:\n"),), "every_option_of_the_step"),
+    "resync_twice_stepped": Mutant((("if not resync and", "if"),), "every_option_of_the_step"),
     "resync_phase": Mutant(
         (("step % self.options.resync_every == 0", "step % self.options.resync_every == 1"),),
         "every_option_of_the_step",
@@ -172,9 +180,7 @@ MUTANTS: dict[str, Mutant] = {
         (("self.vanished + 1 if nothing else 0", "self.vanished + bool(nothing)"),), "vanished_warning"
     ),
     "still_shadow_never_said": Mutant((("shadow < 1e-3 * theta", "shadow < 0 * theta"),), "still_shadow_warning"),
-    "still_shadow_always_said": Mutant(
-        (('metrics["bridge/norm_shadow"] > 0 and', "True and"),), "still_shadow_warning"
-    ),
+    "still_shadow_always_said": Mutant(((' and metrics["bridge/norm_shadow"] > 0:', ":"),), "still_shadow_warning"),
     # ratios and the gain
     "no_ratio": Mutant(((".exp().clamp(max=cap)", ".exp().clamp(1, 1)"),), "one_token", of="losses"),
     "ratio_upside_down": Mutant(
@@ -206,6 +212,104 @@ MUTANTS: dict[str, Mutant] = {
         of="cooperation",
     ),
     "ess_warning_late": Mutant((("RELIABLE = 0.3", "RELIABLE = 0.03"),), "ess_warning", of="cooperation"),
+    # controls of the bracket of (3)
+    "controls_swapped": Mutant(((AS_IF, '0.0 if self.options.third == "sft" else 1.0'),), "controls_rest"),
+    "sft_control_keeps_half": Mutant(((AS_IF, AS_IF.replace("1.0 if", "0.5 if")),), "controls_path"),
+    "sft_control_has_a_shadow": Mutant(
+        (('options.third not in ("rl", "sft")', 'options.third != "rl"'),), "controls_path"
+    ),
+    "frozen_shadow_moves": Mutant(
+        (('if self.shadowed and o.third != "frozen":', "if self.shadowed:"),), "controls_rest"
+    ),
+    "frozen_shadow_follows_theta": Mutant(
+        (
+            (
+                "return self.options.resync_every > 0 and step % self.options.resync_every == 0",
+                'return self.options.third == "frozen"',
+            ),
+            ('            policy.apply("shadow", rl.theta)\n', "            pass\n"),
+        ),
+        "controls_path",
+    ),
+    "control_pays_for_a_shadow": Mutant(
+        (
+            (
+                '        if self.shadowed:\n            policy.fork("shadow")',
+                '        if True:\n            policy.fork("shadow")',
+            ),
+        ),
+        "controls_cost",
+    ),
+    "control_passes_a_shadow": Mutant(
+        (
+            (
+                '        if self.shadowed:\n            policy.fork("shadow")',
+                '        if True:\n            policy.fork("shadow")',
+            ),
+            ("self.at_shadow(policy, batch) if self.shadowed else self.instead(rl)", "self.at_shadow(policy, batch)"),
+        ),
+        "controls_rest",
+    ),
+    "placebo_for_all": Mutant((('if self.options.third != "permuted":', "if False:"),), "controls_cost"),
+    "placebo_after_theta": Mutant(
+        ((PLACEBO, ""), ("        joint.clear()\n", "        joint.clear()\n" + PLACEBO)), "controls_cost"
+    ),
+    "placebo_after_the_shadow": Mutant(
+        ((PLACEBO_SHADOW, ""), (f"        {GAIN}\n", f"{PLACEBO_SHADOW}        {GAIN}\n")), "controls_cost"
+    ),
+    "placebo_added": Mutant(((DIFFERENCE, "(1.0, placebo), (1.0, placebo_shadow)"),), "noise"),
+    "placebo_without_the_shadow": Mutant(((DIFFERENCE, "(1.0, placebo)"),), "noise"),
+    "frozen_shadow_warned_of": Mutant(
+        (('"bridge/shadow_move", math.inf', '"bridge/shadow_move", 0.0'),), "controls_quiet"
+    ),
+    "noise_of_unit_norm": Mutant(((NOISE, "1 / grads.norm(noise)"),), "noise"),
+    "noise_unscaled": Mutant(((NOISE, "grads.norm(gradient) / math.sqrt(144)"),), "noise"),
+    "noise_scaled_tensor_by_tensor": Mutant(
+        (
+            (
+                "    return grads.mix((grads.norm(gradient) / grads.norm(noise), noise))",
+                "    return {n: g * (gradient[n].norm() / g.norm()) for n, g in noise.items()}",
+            ),
+        ),
+        "noise",
+    ),
+    "noise_positive": Mutant((("draws.standard_normal(g.shape)", "abs(draws.standard_normal(g.shape))"),), "noise"),
+    "noise_uniform": Mutant((("draws.standard_normal(g.shape)", "draws.uniform(-1, 1, g.shape)"),), "noise"),
+    "noise_around_the_bracket": Mutant(
+        (
+            (
+                'return noise_like(gain, self.draws("noise", step))',
+                'return grads.mix((0.6, gain), (0.8, noise_like(gain, self.draws("noise", step))))',
+            ),
+        ),
+        "noise",
+    ),
+    "noise_without_the_step": Mutant((("(self.run.seed, step, zlib", "(self.run.seed, zlib"),), "noise"),
+    "noise_without_the_seed": Mutant((("(self.run.seed, step, zlib", "(step, zlib"),), "noise"),
+    "noise_not_reproducible": Mutant(
+        (("default_rng((self.run.seed, step, zlib.crc32(what.encode())))", "default_rng()"),), "noise"
+    ),
+    "noise_in_theta": Mutant(
+        (
+            (
+                JOINT,
+                f"{JOINT}\n        if self.options.third == 'noise':\n"
+                "            joint = noise_like(joint, self.draws('noise', step))",
+            ),
+        ),
+        "noise",
+    ),
+    "shadow_reward_of_the_joint": Mutant(
+        (
+            (
+                'self.sampled["shadow_reward"] = float(np.mean(alone))',
+                'self.sampled["shadow_reward"] = float(np.mean(joint))',
+            ),
+        ),
+        "shadow_reward",
+    ),
+    "shadow_reward_with_ungraded": Mutant((("if r.verdict is not Verdict.ERROR]", "]"),), "shadow_reward"),
+    "shadow_reward_stays": Mutant((("        self.sampled = {}\n", ""),), "shadow_reward"),
     "ess_warning_never": Mutant((('metrics.get("bridge/ess", 1.0)', "1.0"),), "ess_warning"),
 }
 ALL_CHECKS: dict[str, Callable[[Code], None]] = CHECKS | RATIO_CHECKS

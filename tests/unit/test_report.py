@@ -297,6 +297,51 @@ def test_nothing_that_a_run_holds_can_act_in_the_page(tmp_path):
     assert "<img" not in target.with_suffix(".md").read_text()
 
 
+def write_tables(path: Path, shift: float = 0.0, text: str = "step {i} | then [more](x)") -> None:
+    """Twelve demonstrations, from -0.6 to 0.5 (and shifted), of two sources."""
+    rows = [{"problem_id": f"p{i}", "text": text.format(i=i), "source": "odd" if i % 2 else "even", "tokens": 10 + i,
+             "count": 2, "alignment": (i - 6) / 10 + shift} for i in range(12)]
+    sources = [{"column": "origin", "source": name, "demonstrations": 6, "tokens": 1000 + 500 * (name == "odd"),
+                "alignment": {"even": -0.1, "odd": 0.05}[name] + shift} for name in ("even", "odd")]
+    (path / "tables").mkdir()
+    for name, table in (("demonstrations", rows), ("sources", sources)):
+        (path / "tables" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
+def test_what_the_demonstrations_did_for_reward_is_shown(tmp_path):
+    first, second = (write_run(tmp_path, "joint", seed, steps=20) for seed in range(2))
+    none = report([first], tmp_path / "none")
+    assert "demonstrations did" not in none.read_text() + none.with_suffix(".md").read_text()
+    write_tables(first)
+    write_tables(second, 0.2)  # a second seed, where all was better
+    assert Run(first).table("sources")[0]["source"] == "even" and Run(first).table("nothing") == []
+    target = report([first, second], tmp_path / "out")
+    page, text = target.read_text(), target.with_suffix(".md").read_text()
+    for document in (page, text):
+        assert "What the demonstrations did for reward" in document and "above 0 it rises" in document
+    assert "| origin | demonstrations | tokens trained on | mean alignment |" in text
+    assert "| even | 6 | 2,000 | +0.00 |\n| odd | 6 | 3,000 | +0.15 |" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| step ")]
+    assert [line[1] for line in lines] == [*(f"p{i}" for i in range(5)), *(f"p{i}" for i in range(11, 6, -1))]
+    assert lines[0][-1] == "−0.50 |" and lines[0][-2] == "4" and lines[5][-1] == "+0.60 |"
+    assert lines[0][0] == r"| step 0 \| then (more)(x)"  # neither a cell of its own nor a link
+    assert "| most harmful demonstrations | of problem | origin |" in text
+    assert "<th>most helpful demonstrations</th>" in page and "5 of 12;" in page
+
+
+def test_texts_of_demonstrations_cannot_act_in_the_page(tmp_path):
+    path = write_run(tmp_path / "run", "joint", steps=20)
+    plain = Page(report([path], tmp_path / "plain").read_text())
+    write_tables(path, text="{i}" + EVIL.replace("{", "(").replace("}", ")"))
+    edit(path, "tables/sources.jsonl", lambda row: {**row, "source": EVIL + row["source"], "column": EVIL})
+    target = report([path], tmp_path / "evil")
+    page = Page(target.read_text())
+    acting = [[tag for tag, _ in one.tags if tag in {"script", "img", "iframe"}] for one in (page, plain)]
+    assert acting[0] == acting[1] and "onerror=alert(2)" in target.read_text()
+    assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
+    assert "<img" not in target.with_suffix(".md").read_text()
+
+
 def test_the_page_is_alone_and_lets_no_script_run_but_its_own(folder, tmp_path):
     html = report([folder / "bridge-seed0"], tmp_path).read_text()
     page = Page(html)

@@ -1,12 +1,17 @@
 """The registry: one line a method."""
 
 from bridgelm.methods.alternate import Alternate
+from bridgelm.methods.barrier import Barrier
 from bridgelm.methods.base import Method
 from bridgelm.methods.bridge import Bridge
+from bridgelm.methods.bridge_dial import BridgeDial
+from bridgelm.methods.bridge_leaky import BridgeLeaky
 from bridgelm.methods.grpo import Grpo
+from bridgelm.methods.guide import Guide
 from bridgelm.methods.joint import Joint
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
+from bridgelm.methods.token_lead import TokenLead
 
 METHODS: dict[str, type[Method]] = {
     "sft": Sft,
@@ -14,7 +19,12 @@ METHODS: dict[str, type[Method]] = {
     "sequence": Sequence,
     "alternate": Alternate,
     "joint": Joint,
+    "barrier": Barrier,
     "bridge": Bridge,
+    "bridge_leaky": BridgeLeaky,
+    "bridge_dial": BridgeDial,
+    "token_lead": TokenLead,
+    "guide": Guide,
 }
 
 __all__ = ["METHODS", "Method"]

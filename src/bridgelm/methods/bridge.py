@@ -20,6 +20,10 @@ centres rewards, so that advantages have one scale for both policies and the sam
 Bias of the truncated token ratio: it stands in for the ratio of the whole prefix and is capped at `ratio_cap`. It is
 exact for answers of one token under the cap; docs/bridge.md works a two-token case.
 
+Controls of that bracket (`third`), which leave (1) as it is. Without a shadow: `rl` keeps grad_w J_RL(theta, w) alone,
+as if theta^ were an RL optimum, and `sft` nothing, as if theta^ were theta. `frozen` leaves theta^ at its start. Two
+placebos: `noise` of the bracket's norm, and `permuted`, the bracket with the advantages dealt out to other answers.
+
 Trap: with w on the matrices of a full-rank theta, theta and theta + w reach the same set of models, and the rest points
 are those of plain joint mixing. A positive gain then measures a shadow that lags, not cooperation.
 """
@@ -27,22 +31,24 @@ are those of plain joint mixing. A positive gain then measures a shadow that lag
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bridgelm import cooperation, credit, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.shadow import OF_SHADOW, copy_streams, rename, shares
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
-OF_SHADOW = {"pg": "shadow", "kl": "shadow_kl"}  # the shadow's name of each stream of the RL term
 PATIENCE = 50  # steps without a third term before saying so
 
 
@@ -52,16 +58,21 @@ class Bridge(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        self.vanished, self.honest = 0, math.nan
+        self.vanished = 0
+        self.shadowed = options.third not in ("rl", "sft")
+        self.sampled: Metrics = {}  # what this step's rollouts of the shadow say
 
     def setup(self, policy: Policy) -> None:
         o = self.options
         rl_setup(policy, o.rl)
         policy.add_w(o.rank, o.alpha, o.modules, o.exclusive)
-        policy.fork("shadow")
+        if self.shadowed:
+            policy.fork("shadow")
         policy.optimiser("theta")
-        shared = o.shadow_step == "shared_moments" and self.run.optim.kind == "adamw"
-        policy.optimiser("shadow", kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None)
+        if self.shadowed and o.third != "frozen":
+            shared = o.shadow_step == "shared_moments" and self.run.optim.kind == "adamw"
+            kind, source = ("shared_moments", "theta") if shared else ("sgd", None)
+            policy.optimiser("shadow", kind=kind, moments_of=source)
         policy.optimiser("w", lr=o.beta)
 
     # -- rows: the joint policy's rollouts teach theta, w and (unless it samples its own) the shadow -------------------
@@ -72,19 +83,25 @@ class Bridge(Method):
         rows = credited(rows, roll, self.options.rl, self.run)
         if self.options.shadow_rollouts == "own":
             rows += [rename(row, OF_SHADOW) for row in credited(shadow, roll, self.options.rl, self.run)]
-        else:
+        elif self.shadowed:
             rows = [copy_streams(row, OF_SHADOW) for row in rows]
+        if self.options.third == "permuted":
+            rows = deal_out(rows, self.draws("permuted", step))
         return rows + sft_rows(data, roll, self.run)
 
     def shadow_rows(self, rows: list[Row], roll: Roller, step: int) -> list[Row]:
         """Rollouts of the shadow on the same problems: to learn from, or now and then for an honest gain."""
+        self.sampled = {}
         every = 1 if self.options.shadow_rollouts == "own" else self.options.probe_every
         if not every or step % every:
             return []
         problems = list({row.group: row.problem for row in rows}.values())
         sampled = roll(problems, at="shadow")
         joint, alone = ([r.reward for r in part if r.verdict is not Verdict.ERROR] for part in (rows, sampled))
-        self.honest = float(np.mean(joint) - np.mean(alone)) if joint and alone else math.nan
+        if alone:
+            self.sampled["shadow_reward"] = float(np.mean(alone))
+        if joint and alone:
+            self.sampled["gain_honest"] = float(np.mean(joint) - np.mean(alone))
         return sampled
 
     # -- losses ----------------------------------------------------------------------------------------------------
@@ -111,9 +128,10 @@ class Bridge(Method):
         lam = self.lam(step)
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
         rl = policy.grad(self.terms, batch, rl_coef(self.options.rl))
-        found = self.shares(policy, sft, rl, lam)
+        found = shares(policy, sft, rl, lam)
         joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))
         sft.theta.clear()  # a gradient of theta is as large as the model: none is kept longer than needed
+        placebo = self.placebo(policy, batch, "live")
         if resync := self.resyncs(step):
             policy.copy("theta", "shadow")
         norm = policy.apply("theta", joint)                                            # (1)
@@ -122,14 +140,19 @@ class Bridge(Method):
             policy.apply("shadow", rl.theta)
         rl.theta.clear()
         # Still the snapshot: the gradients at the shadow do not depend on theta, and w has not moved.
-        shadow = policy.grad(self.shadow_terms, batch, self.shadow_coef(), at="shadow")
-        if not resync:
+        shadow = self.at_shadow(policy, batch) if self.shadowed else self.instead(rl)
+        placebo_shadow = self.placebo(policy, batch, "shadow")
+        if not resync and "shadow" in policy.optimisers:  # a control may have none, or one that stays
             policy.apply("shadow", shadow.theta)                                       # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
-        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))                    # (3)
+        bracket = self.bracket(gain, placebo, placebo_shadow, step)  # the gain's gradient, but for the two placebos
+        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))                 # (3)
         found |= self.diagnostics(policy, batch, sft, rl, shadow, gain)
-        return {"grad_norm/theta": norm, "loss/nll": sft.losses["nll"], "loss/pg": rl.losses["pg"],
-                "loss/shadow": shadow.losses["shadow"], "bridge/lambda": lam,
+        if bracket is not gain:
+            found["norm_placebo"] = grads.norm(bracket)
+        values = sft.losses | rl.losses | shadow.losses
+        return {"grad_norm/theta": norm, "bridge/lambda": lam,
+                **{f"loss/{name}": values[name] for name in ("nll", "pg", "shadow") if name in values},
                 **{f"bridge/{name}": value for name, value in found.items() if not math.isnan(value)}}
 
     def resyncs(self, step: int) -> bool:
@@ -144,25 +167,49 @@ class Bridge(Method):
             return o.lam
         return credit.schedule("linear", o.lambda_start, o.lam, step / max(1, self.run.steps - 1))
 
-    # -- what to watch ---------------------------------------------------------------------------------------------
+    # -- what a control puts in the place of the bracket of (3) ----------------------------------------------------
 
-    def shares(self, policy: Policy, sft: Grads, rl: Grads, lam: float) -> Metrics:
-        """How much of theta's step comes from either teacher, in the metric that Adam steps in."""
-        pull = (1 - lam) * grads.norm(policy.precondition("theta", sft.theta))
-        push = lam * grads.norm(policy.precondition("theta", rl.theta))
-        return {"share_sft": pull / max(pull + push, 1e-30), "share_rl": push / max(pull + push, 1e-30)}
+    def at_shadow(self, policy: Policy, batch: Batch) -> Grads:
+        return policy.grad(self.shadow_terms, batch, self.shadow_coef(), at="shadow")
+
+    def instead(self, rl: Grads) -> Grads:
+        """Two controls have no shadow: its gradient of w is taken to be zero (`rl`), or that at theta (`sft`)."""
+        return Grads({}, grads.mix((1.0 if self.options.third == "sft" else 0.0, rl.w)), {}, {})
+
+    def placebo(self, policy: Policy, batch: Batch, at: str) -> grads.Gradient:
+        """For `permuted`: w's RL gradient at a point, by advantages that are not the answers' own."""
+        if self.options.third != "permuted":
+            return {}
+        dealt = with_placebo(batch)
+        if at == "shadow":
+            return self.at_shadow(policy, dealt).w
+        return policy.grad(self.terms, dealt, rl_coef(self.options.rl)).w
+
+    def bracket(self, gain: grads.Gradient, placebo: grads.Gradient, placebo_shadow: grads.Gradient,
+                step: int) -> grads.Gradient:
+        if self.options.third == "noise":
+            return noise_like(gain, self.draws("noise", step))
+        return grads.mix((1.0, placebo), (-1.0, placebo_shadow)) if self.options.third == "permuted" else gain
+
+    def draws(self, what: str, step: int) -> np.random.Generator:
+        """The same on every rank and in a resumed run."""
+        return np.random.default_rng((self.run.seed, step, zlib.crc32(what.encode())))
+
+    # -- what to watch ---------------------------------------------------------------------------------------------
 
     def diagnostics(self, policy: Policy, batch: Batch, sft: Grads, rl: Grads, shadow: Grads,
                     gain: grads.Gradient) -> Metrics:
         """The three terms of w's gradient, how far the shadow goes, and what its log-probs say of the gain."""
-        sizes = {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_shadow": grads.norm(shadow.w),
-                 "norm_third": grads.norm(gain)}
+        sizes = {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_third": grads.norm(gain)}
+        moves = {f"{name}_move": policy.optimisers[name].moved for name in ("theta", "shadow")
+                 if name in policy.optimisers}
+        if not self.shadowed:
+            return sizes | moves
+        sizes["norm_shadow"] = grads.norm(shadow.w)
         least = min(sizes["norm_shadow"], sizes["norm_third"])  # the third term, and the bracket of (3) that it is in
         nothing = least <= 1e-3 * max(sizes["norm_rl"], sizes["norm_sft"], 1e-30)
         self.vanished = self.vanished + 1 if nothing else 0
-        honest, self.honest = self.honest, math.nan
-        moves = {"theta_move": policy.optimisers["theta"].moved, "shadow_move": policy.optimisers["shadow"].moved}
-        found = sizes | moves | {"gain_honest": honest}
+        found = sizes | moves | self.sampled
         if self.options.shadow_rollouts == "own":
             return found
         truncates, rl_options = self.options.ratio == "truncate", self.options.rl
@@ -176,8 +223,9 @@ class Bridge(Method):
             out.append(f"BRIDGE's third term has done nothing for {PATIENCE} steps: either it is zero (the shadow sits "
                        "at its RL optimum or stopped learning; w repeats theta's own gradient), or it cancels the RL "
                        "term (the shadow is where theta is; w follows SFT alone)")
-        theta, shadow = metrics["bridge/theta_move"], metrics["bridge/shadow_move"]
-        if metrics["bridge/norm_shadow"] > 0 and shadow < 1e-3 * theta:  # no gradient: nothing to say about its step
+        theta = metrics["bridge/theta_move"]
+        shadow = metrics.get("bridge/shadow_move", math.inf)  # that of a control may be meant to stay, or be missing
+        if shadow < 1e-3 * theta and metrics["bridge/norm_shadow"] > 0:  # no gradient: nothing to say about its step
             out.append("BRIDGE's shadow hardly moves (under a thousandth of theta's step): the cooperative gain is not "
                        "measured against RL; use shadow_step = 'shared_moments'")
         if metrics.get("bridge/ess", 1.0) < cooperation.RELIABLE:
@@ -192,9 +240,23 @@ class Bridge(Method):
         self.vanished = state["vanished"]
 
 
-def copy_streams(row: Row, names: Mapping[str, str]) -> Row:
-    return replace(row, streams={**row.streams, **rename(row, names).streams})
+def deal_out(rows: list[Row], draws: np.random.Generator) -> list[Row]:
+    """Adds the stream `placebo`: the advantage of some row of the step, each handed out once, flat groups included."""
+    out, with_one = list(rows), [i for i, row in enumerate(rows) if "pg" in row.streams]
+    for i, giver in zip(with_one, draws.permutation(with_one), strict=True):
+        stream, advantage = rows[i].streams["pg"], rows[giver].streams["pg"].weight[0]
+        out[i] = rows[i].with_stream("placebo", advantage, stream.norm, stream.constant, stream.mask)
+    return out
 
 
-def rename(row: Row, names: Mapping[str, str]) -> Row:
-    return replace(row, streams={names.get(name, name): stream for name, stream in row.streams.items()})
+def with_placebo(batch: Batch) -> Batch:
+    """The placebo in the place of the advantages; masks, and with them the counts, stay."""
+    rows = (replace(row, streams={**row.streams, **dict.fromkeys(("pg", "shadow"), row.streams["placebo"])})
+            if "placebo" in row.streams else row for row in batch.rows)
+    return replace(batch, rows=tuple(rows))
+
+
+def noise_like(gradient: grads.Gradient, draws: np.random.Generator) -> grads.Gradient:
+    """Gaussian noise of a gradient's norm."""
+    noise = {name: torch.from_numpy(draws.standard_normal(g.shape)).to(g) for name, g in gradient.items()}
+    return grads.mix((grads.norm(gradient) / grads.norm(noise), noise))

@@ -1,0 +1,116 @@
+"""What methods with a shadow share. A shadow is a copy of theta that follows J_RL alone; it learns from the joint
+policy's rollouts, corrected by token ratios. Functions only: the equations stand in each method's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from bridgelm import cooperation, grads, losses
+from bridgelm.config import RunConfig
+from bridgelm.data import Data
+from bridgelm.methods.base import credited, rl_coef, rl_setup, sft_rows
+from bridgelm.options import PolicyGradient, Shadowed
+from bridgelm.policy import Grads, Policy
+from bridgelm.rollout import Roller
+from bridgelm.types import Live, Metrics, Micro, Row, Verdict
+
+OF_SHADOW = {"pg": "shadow", "kl": "shadow_kl"}  # the shadow's name of each stream of the RL term
+STILL = 1e-3  # share of theta's step under which the shadow's own step counts as none
+
+
+def shadow_setup(policy: Policy, o: Shadowed, kind: str) -> None:
+    """theta, w, and a shadow in theta's metric: equal gradients then move theta and the shadow equally."""
+    rl_setup(policy, o.rl)
+    policy.add_w(o.rank, o.alpha, o.modules)
+    policy.fork("shadow")
+    policy.optimiser("theta")
+    shared = kind == "adamw"
+    policy.optimiser("shadow", kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None)
+    policy.optimiser("w", lr=o.beta)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+def shadow_gather(data: Data, roll: Roller, o: Shadowed, run: RunConfig, step: int) -> tuple[list[Row], Metrics]:
+    """The joint policy's rollouts, which teach the shadow too, and demonstrations; and what the shadow's own rollouts
+    say, in the steps where it is sampled."""
+    rows = roll.groups(data)
+    found = sampled_shadow(rows, roll, o.probe_every, step)
+    rows = [copy_streams(row, OF_SHADOW) for row in credited(rows, roll, o.rl, run)]
+    return rows + sft_rows(data, roll, run), found
+
+
+def sampled_shadow(rows: list[Row], roll: Roller, every: int, step: int) -> Metrics:
+    """Now and then the shadow answers the same problems: its mean reward, and a gain without importance weights."""
+    if not every or step % every:
+        return {}
+    problems = list({row.group: row.problem for row in rows}.values())
+    sampled = roll(problems, at="shadow")
+    joint, alone = ([r.reward for r in part if r.verdict is not Verdict.ERROR] for part in (rows, sampled))
+    if not joint or not alone:
+        return {}
+    return {"gain_honest": float(np.mean(joint) - np.mean(alone)), "shadow_reward": float(np.mean(alone))}
+
+
+def copy_streams(row: Row, names: Mapping[str, str]) -> Row:
+    return replace(row, streams={**row.streams, **rename(row, names).streams})
+
+
+def rename(row: Row, names: Mapping[str, str]) -> Row:
+    return replace(row, streams={names.get(name, name): stream for name, stream in row.streams.items()})
+
+
+# -- losses --------------------------------------------------------------------------------------------------------
+
+def truncated_terms(batch: Micro, live: Live, cap: float) -> dict[str, Tensor]:
+    """J_RL at the shadow, from samples of the joint policy, by truncated token ratios."""
+    if "shadow" not in batch:
+        return {}
+    out = {"shadow": losses.pg_truncate(live.logp_BT, batch.old_BT, batch.weight["shadow"], cap)}
+    if "shadow_kl" in batch:
+        out["shadow_kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, batch.weight["shadow_kl"])
+    return out
+
+
+def shadow_coef(rl: PolicyGradient) -> dict[str, float]:
+    return {OF_SHADOW[name]: c for name, c in rl_coef(rl).items()}
+
+
+# -- what to watch -------------------------------------------------------------------------------------------------
+
+def shares(policy: Policy, sft: Grads, rl: Grads, lam: float) -> Metrics:
+    """How much of theta's step comes from either teacher, in the metric that Adam steps in."""
+    pull = (1 - lam) * grads.norm(policy.precondition("theta", sft.theta))
+    push = lam * grads.norm(policy.precondition("theta", rl.theta))
+    return {"share_sft": pull / max(pull + push, 1e-30), "share_rl": push / max(pull + push, 1e-30)}
+
+
+def diagnostics(policy: Policy, rows: Sequence[Row], sft: Grads, rl: Grads, shadow: Grads, gain: grads.Gradient,
+                cap: float) -> Metrics:
+    """The terms of w's gradient, how far theta and the shadow step, and what the shadow's log-probs on `rows` say."""
+    return {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_shadow": grads.norm(shadow.w),
+            "norm_third": grads.norm(gain), "theta_move": policy.optimisers["theta"].moved,
+            "shadow_move": policy.optimisers["shadow"].moved, **cooperation.diagnose(rows, shadow.logps, 0.0, cap)}
+
+
+def report(sft: Grads, rl: Grads, shadow: Grads, norm: float, found: Metrics) -> Metrics:
+    """The metrics of an update, those of the shadow under the names that every report knows."""
+    return {"grad_norm/theta": norm, "loss/nll": sft.losses["nll"], "loss/pg": rl.losses["pg"],
+            "loss/shadow": shadow.losses["shadow"], **{f"bridge/{name}": value for name, value in found.items()}}
+
+
+def shadow_warnings(name: str, metrics: Metrics, use: str) -> list[str]:
+    """What a user should know about the shadow, said once by the trainer. `use`: what the method needs it for."""
+    out = []
+    theta, shadow = metrics["bridge/theta_move"], metrics["bridge/shadow_move"]
+    if metrics["bridge/norm_shadow"] > 0 and shadow < STILL * theta:  # no gradient: nothing to say about its step
+        out.append(f"{name}'s shadow hardly moves by itself (under a thousandth of theta's step): {use} is not "
+                   "measured against RL")
+    if metrics.get("bridge/ess", 1.0) < cooperation.RELIABLE:
+        out.append(f"{name}'s shadow has left the rollouts' policy (effective sample size under "
+                   f"{cooperation.RELIABLE:.0%}): {use} is not reliable; raise leak")
+    return out

@@ -1,0 +1,540 @@
+"""bridge_leaky: its rest points, its path and its agreement statistic, each against an independent answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checks import close
+from exact import NOTHING, Path, Quadratic, Shipped, Stub, bridge_walk, run_config, walk
+from mutants import mutate
+from ratios import WithLogps, row
+from transformer import all_logps, bridge_method, build, build_policy, make_batch, make_rows, merged, wide_norm
+from transformer import objective as by_definition
+
+from bridgelm import batching
+from bridgelm.methods import bridge as bridge_module
+from bridgelm.methods import bridge_leaky as leaky_module
+from bridgelm.methods import shadow as shadow_module
+from bridgelm.methods.bridge import Bridge
+from bridgelm.policy import Grads
+from bridgelm.types import Batch, Row, Verdict
+
+TWO_GROUPS = batching.make_batch([row((1,), [0.0], 1.0, group) for group in (0, 1)])
+
+
+@pytest.fixture(autouse=True)
+def _wide_norm() -> Iterator[None]:
+    with wide_norm():
+        yield
+
+
+def method_of(module: ModuleType, steps: int = 10, lr: float = 0.1, optim: Any = None, **options: Any) -> Any:
+    config = run_config({"name": "bridge_leaky", **options}, steps, lr, optim=optim or {})
+    return module.BridgeLeaky(config.method, config)
+
+
+# -- closed forms ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curved(Quadratic):
+    """J_RL curves by h in theta: -h (theta - a w)^2 / 2 - c w^2 / 2 + d w."""
+
+    h: float = 1.0
+
+    def rl(self, theta: float, w: float) -> tuple[float, float, float]:
+        e = theta - self.a * w
+        value = -0.5 * self.h * e**2 - 0.5 * self.c * w**2 + self.d * w
+        return value, -self.h * e, self.h * self.a * e - self.c * w + self.d
+
+    def leaky_rest(self, lam: float, lr: float, rho: float) -> tuple[float, float, float]:
+        """The three conditions of rest, solved as linear equations in (theta, shadow, w)."""
+        a, h = self.a, self.h
+        conditions = [
+            ([-(1 - lam) - lam * h, 0.0, lam * h * a], -(1 - lam) * self.t),
+            ([rho, -lr * h - rho, lr * h * a], 0.0),
+            ([lam * h * a, -lam * h * a, -(1 - lam) * self.b], -(1 - lam) * self.b * self.u),
+        ]
+        found = np.linalg.solve(np.array([c[0] for c in conditions]), np.array([c[1] for c in conditions]))
+        return found[0], found[1], found[2]
+
+
+class Halves(Stub):
+    """Each half of two groups has its own share of the exact RL gradient; `splits[k]` is the first's in step k."""
+
+    def __init__(self, *args: Any, splits: list[float] | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.splits, self.step = splits or [0.5], 0
+
+    def grad(self, terms: Any, batch: Batch, coef: dict[str, float], at: str = "live") -> Grads:
+        found = super().grad(terms, batch, coef, at)
+        if "nll" in coef:
+            return found
+        (group,) = {r.group for r in batch.rows}
+        first = self.splits[min(self.step, len(self.splits) - 1)]
+        part = (1 - first) if group else first
+        losses = {name: part * value for name, value in found.losses.items()}
+        return Grads(*({"x": part * g["x"]} for g in (found.theta, found.w)), losses, {})
+
+
+def leaky_walk(
+    module: ModuleType,
+    problem: Any,
+    lam: float,
+    rho: float,
+    steps: int,
+    lr: float = 0.1,
+    splits: list[float] | None = None,
+    start: tuple[float, float] = (0.0, 0.0),
+    settle: float = 0.0,
+    **options: Any,
+) -> Path:
+    method = method_of(module, steps, lr, **{"lambda": lam, "leak": rho, **options})
+    policy = Halves(problem, lr, *start, splits=splits)
+    method.setup(policy)
+    path = Path([policy.point], policy, method)
+    for step in range(steps):
+        policy.step = step
+        path.metrics.append(method.update(policy, TWO_GROUPS, step))
+        path.points.append(policy.point)
+        if any(not abs(x) < 1e6 for x in policy.point):
+            break
+        if settle and np.max(np.abs(np.subtract(*path.points[-2:]))) < settle:
+            break
+    return path
+
+
+def printed_rest(module: ModuleType) -> None:
+    end = leaky_walk(module, Quadratic(), 0.5, 1 / 15, 2000, settle=1e-15).end
+    close(end, (2.318182, 1.909091, 0.818182), 6e-7, "the printed rest")
+    close(end, Quadratic().rest(0.5, r=0.6), 1e-12, "the rest of a re-sync with r = .1 / (.1 + 1/15)")
+
+
+def rests(module: ModuleType) -> None:
+    """A leak is a re-sync in disguise: the formula of the re-sync with r = alpha h / (alpha h + rho)."""
+    for lam in (0.1, 0.5, 0.9):
+        for rho, h in ((0.0, 1.0), (0.05, 1.0), (1 / 15, 0.5), (0.3, 1.0)):
+            problem = Curved(h=h, u=0.3)
+            end = leaky_walk(module, problem, lam, rho, 600, lr=0.3, settle=1e-12, beta=0.2).end
+            close(end, problem.leaky_rest(lam, 0.3, rho), 1e-9, f"lambda {lam}, rho {rho}, h {h}")
+            if h == 1.0:
+                close(end, problem.rest(lam, r=0.3 / (0.3 + rho)), 1e-9, f"the formula at {lam}, {rho}")
+
+
+def numbers(
+    problem: Any, lam: float, rho: float, steps: int, lr: float, beta: float, q: list[float], start: tuple[float, float]
+) -> list[tuple[float, float, float]]:
+    """Equations (1) to (3) in plain numbers, all from one snapshot."""
+    theta, w = start
+    shadow = theta
+    points = [(theta, shadow, w)]
+    for k in range(steps):
+        _, s_theta, s_w = problem.sft(theta, w)
+        _, r_theta, r_w = problem.rl(theta, w)
+        _, h_theta, h_w = problem.rl(shadow, w)
+        new = (
+            theta + lr * ((1 - lam) * s_theta + lam * r_theta),
+            shadow + lr * h_theta + rho * (theta - shadow),
+            w + q[k] * beta * ((1 - lam) * s_w + lam * (r_w - h_w)),
+        )
+        theta, shadow, w = new
+        points.append(new)
+    return points
+
+
+def path_with_equal_halves(module: ModuleType) -> None:
+    for lam, rho, beta in ((0.3, 0.2, 0.02), (0.5, 1 / 15, 0.1), (0.9, 1.0, 0.3), (0.6, 0.0, 0.1)):
+        start = (-0.5, 0.25)
+        path = leaky_walk(module, Curved(u=0.4, h=0.7), lam, rho, 12, beta=beta, start=start)
+        wanted = numbers(Curved(u=0.4, h=0.7), lam, rho, 12, 0.1, beta, [1.0] * 12, start)
+        close(path.points, wanted, 1e-14, f"lambda {lam}, rho {rho}")
+        assert [m["bridge/agreement"] for m in path.metrics] == [1.0] * 12, "equal halves agree exactly"
+        close([m["bridge/lambda"] for m in path.metrics], lam, 0.0, "the logged lambda")
+
+
+def path_with_unequal_halves(module: ModuleType) -> None:
+    """w's rate is multiplied by the clipped ratio of two running means, here by a slow sum over all steps so far."""
+    rng, decay, lam, rho = np.random.default_rng(0), 0.8, 0.4, 0.1
+    splits = [*rng.uniform(0.1, 0.9, 10), 3.0, *rng.uniform(0.2, 0.8, 10)]
+    steps, problem, start, q = len(splits), Quadratic(u=0.4), (-0.5, 0.25), []
+    seen: list[tuple[float, float]] = []
+    for k in range(steps):  # h of each step from the path so far, whose q's are known
+        theta, shadow, w = numbers(problem, lam, rho, k, 0.1, 0.1, q, start)[-1]
+        h = problem.rl(theta, w)[2] - problem.rl(shadow, w)[2]
+        a, b = splits[k] * h, (1 - splits[k]) * h
+        if h:  # in the first step the shadow is theta: there is no third term yet
+            seen.append((a * b, 0.5 * (a * a + b * b)))
+        ages = np.arange(len(seen))[::-1]
+        weights = (1 - decay) * decay**ages
+        weights[:1] = decay ** ages[:1]  # the means start at their first values
+        product, size = (float(weights @ [s[i] for s in seen]) if seen else 1.0 for i in (0, 1))
+        q.append(min(max(product / size, 0.0), 1.0))
+    assert min(q) == 0.0 and max(q[1:]) > 0.5 and sum(0 < x < 1 for x in q) > 3, "all sides of the clip are met"
+    path = leaky_walk(module, problem, lam, rho, steps, splits=splits, start=start, agreement_decay=decay)
+    close([m["bridge/agreement"] for m in path.metrics], q, 1e-12, "the agreement")
+    close(path.points, numbers(problem, lam, rho, steps, 0.1, 0.1, q, start), 1e-13, "the path")
+
+
+def without_a_third_term(module: ModuleType) -> None:
+    """Agreement stays what it was where there is nothing to compare: no third term, or but one group."""
+    method = method_of(module)
+    method.product, method.size = 0.3, 0.6
+    policy = Halves(Quadratic(), 0.1, splits=[0.9])
+    method.setup(policy)
+    assert method.update(policy, TWO_GROUPS, 0)["bridge/agreement"] == 0.5, "the shadow is theta: h is 0"
+    assert (method.product, method.size) == (0.3, 0.6)
+    policy.groups["shadow"].copy_(policy.groups["theta"] + 1e-7)
+    method.update(policy, TWO_GROUPS, 0)
+    assert (method.product, method.size) == (0.3, 0.6), "rounding is no third term"
+    policy.groups["shadow"].fill_(0.7)
+    one = batching.make_batch(TWO_GROUPS.rows[:1])
+    policy.splits = [1.0]
+    assert method.update(policy, one, 1)["bridge/agreement"] == 0.5, "one group"
+    assert method_of(module).agreement == 1.0, "the start"
+    policy.splits = [0.9]
+    assert method.update(policy, TWO_GROUPS, 2)["bridge/agreement"] != 0.5
+
+
+def order_of_calls(module: ModuleType) -> None:
+    """Every gradient at the snapshot's point; the leak is towards theta before its step."""
+    path = leaky_walk(module, Quadratic(), 0.3, 0.2, 3, start=(0.3, 0.2))
+    log = path.policy.log
+    assert len(log) % 3 == 0
+    for k in range(3):
+        part = log[k * len(log) // 3 : (k + 1) * len(log) // 3]
+        assert [e[1] for e in part if e[0] == "apply"] == ["theta", "shadow", "w"]
+        for entry in part:
+            if entry[0] == "grad":
+                close(entry[3], path.points[k], 0.0, f"the snapshot at {entry[2]}")
+
+
+def without_a_leak_it_is_bridge(module: ModuleType) -> None:
+    for lam in (0.2, 0.5, 0.8):
+        own = leaky_walk(module, Quadratic(), lam, 0.0, 40, beta=0.07, start=(0.4, 0.1)).points
+        plain = bridge_walk(bridge_module, Quadratic(), lam, 40, theta=0.4, w=0.1, beta=0.07).points
+        assert own == plain, "to the bit"
+        adam = {"kind": "adamw", "clip": 0.2, "weight_decay": 0.01}
+        runs = []
+        for name, cls in (("bridge", Bridge), ("bridge_leaky", module.BridgeLeaky)):
+            leak = {"leak": 0.0} if name == "bridge_leaky" else {}
+            config = run_config({"name": name, "lambda": lam, "beta": 0.02, **leak}, 40, optim=adam)
+            method, policy = cls(config.method, config), Shipped(Quadratic(), config.optim, 0.4, 0.1)
+            method.setup(policy)
+            runs.append(walk(method, policy, 40).points)  # one gradient for the whole batch: no rows, no halves
+        assert runs[0] == runs[1], "Adam, clipped"
+
+
+# -- the agreement statistic and one update on a transformer -----------------------------------------------------------
+
+LAM, RHO, LR, BETA, CAP = 0.3, 0.2, 0.05, 0.02, 1.05
+RL = {"kl_coef": 0.3}
+
+
+def w_gradient(policy: Any, rows: list[Row], names: dict[str, float], at: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients by group of the terms, by autograd through weights merged by hand."""
+    wanted = {"theta": policy.groups["theta" if at == "live" else at], "w": policy.groups["w"]}
+    leaves = {f"{g}/{n}": t for g, group in wanted.items() for n, t in group.flat().items()}
+    logps = all_logps(build(), merged(policy, at), rows)
+    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP))
+    loss = torch.stack([c * terms[n] for n, c in names.items()]).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    out: dict[str, dict[str, torch.Tensor]] = {g: {} for g in wanted}
+    for key, g in zip(leaves, found):
+        out[key.partition("/")[0]][key.partition("/")[2]] = g
+    return out
+
+
+def without(rows: list[Row], group: int) -> list[Row]:
+    """The same rows and counts, with no weight on the rollouts of a group."""
+    out = []
+    for r in rows:
+        if r.kind == "rollout" and r.group == group:
+            for name, s in r.streams.items():
+                r = r.with_stream(name, 0.0, s.norm, s.constant, s.mask)
+        out.append(r)
+    return out
+
+
+def flat(g: dict[str, torch.Tensor]) -> np.ndarray:
+    return torch.cat([t.reshape(-1) for t in g.values()]).detach().numpy()
+
+
+def advantages(rows: list[Row], values: Any) -> list[Row]:
+    out, values = [], iter(values)
+    for r in rows:
+        if r.kind == "rollout":
+            value = float(next(values))
+            r = r.with_stream("pg", value).with_stream("shadow", value)
+        out.append(r)
+    return out
+
+
+def ready(module: ModuleType, lr: float = LR, beta: float = BETA, **options: Any) -> tuple[Any, Any]:
+    policy = build_policy(lr=lr)
+    merged_options = {"lambda": LAM, "leak": RHO, "beta": beta, "ratio_cap": CAP, "rl": RL, **options}
+    method = method_of(module, **merged_options)
+    for name, rate in (("theta", lr), ("shadow", lr), ("w", beta)):
+        policy.optimiser(name, lr=rate)
+    return method, policy
+
+
+def updates_on_a_transformer(module: ModuleType) -> None:
+    """Two updates, each against the equations with gradients by hand, group by group, at the snapshot."""
+    method, policy = ready(module, agreement_decay=0.6)
+    start = make_rows(policy)
+    product = size = 0.0
+    for step, values in enumerate(((0.8, -1.1, 0.5, -0.4), (0.2, 1.0, -0.6, 0.9))):
+        rows = advantages(start, values)
+        names = {"live": {"pg": 1.0, "kl": 0.3}, "shadow": {"shadow": 1.0, "shadow_kl": 0.3}}
+        half = [{at: w_gradient(policy, without(rows, 1 - g), names[at], at) for at in names} for g in (0, 1)]
+        a, b = (flat(h["live"]["w"]) - flat(h["shadow"]["w"]) for h in half)
+        keep = 0.6 if step else 0.0
+        product = keep * product + (1 - keep) * float(a @ b)
+        size = keep * size + (1 - keep) * float(a @ a + b @ b) / 2
+        q = min(max(product / size, 0.0), 1.0)
+        sft = w_gradient(policy, rows, {"nll": 1.0}, "live")
+        rl, shadow = (w_gradient(policy, rows, names[at], at) for at in names)
+        logps = all_logps(build(), merged(policy, "shadow"), rows)
+        rho = np.exp([float((lp.detach().numpy() - r.old_logps)[r.own].sum()) for r, lp in zip(rows, logps)
+                      if r.old_logps is not None])  # fmt: skip
+        ess = rho.sum() ** 2 / (rho**2).sum() / len(rho)
+        theta0, shadow0, w0 = (flat(policy.groups[g].flat()) for g in ("theta", "shadow", "w"))
+        wanted = {
+            "theta": theta0 - LR * ((1 - LAM) * flat(sft["theta"]) + LAM * flat(rl["theta"])),
+            "shadow": shadow0 - LR * flat(shadow["theta"]) + RHO * (theta0 - shadow0),
+            "w": w0 - q * BETA * ((1 - LAM) * flat(sft["w"]) + LAM * (flat(rl["w"]) - flat(shadow["w"]))),
+        }
+        random_order = [rows[i] for i in (3, 6, 0, 2, 5, 1, 4)]
+        found = method.update(policy, make_batch(random_order), step)
+        close(found["bridge/agreement"], q, 1e-10, "the agreement")
+        close(found["bridge/norm_third"], np.linalg.norm(a + b), 1e-10, "the third term")
+        for group, value in wanted.items():
+            close(flat(policy.groups[group].flat()), value, 1e-12, f"{group} after update {step}")
+        assert 0.01 < q < 0.99, f"the check needs an agreement between the ends, not {q}"
+        close(found["bridge/ess"], ess, 1e-12, "the effective sample size")
+
+
+def test_equal_halves_agree_and_noise_does_not() -> None:
+    method, policy = ready(leaky_module, lr=1e-12, beta=1e-12, agreement_decay=0.97)
+    rows = make_rows(policy)
+    twins = [r for r in rows if r.kind == "demo" or r.group == 0]
+    twins += [Row(r.ids, r.own, r.kind, r.problem, 1, r.at, r.temperature, r.old_logps, r.ref_logps, r.reward,
+                  r.verdict, streams=r.streams) for r in twins if r.kind == "rollout"]  # fmt: skip
+    assert method.update(policy, make_batch(twins), 0)["bridge/agreement"] == pytest.approx(1.0, abs=1e-12)
+    product = size = 0.0
+    for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1)):  # noise is a third term whose halves turn without each other
+        method, policy = ready(leaky_module, lr=1e-12, beta=1e-12, rl={})
+        rows = advantages(make_rows(policy, on_policy=True), np.repeat(signs, 2) * (0.8, -1.1, 0.5, -0.4))
+        method.update(policy, make_batch(rows), 0)
+        assert method.size > 1e-4
+        product, size = product + method.product, size + method.size
+    assert abs(product) < 1e-12 * size
+
+
+def test_agreement_is_signal_over_signal_and_noise() -> None:
+    """Halves s / 2 + noise, in 300 numbers: |s / 2|^2 / (|s / 2|^2 + noise^2), through the real update."""
+
+    class Noisy(Stub):
+        def __init__(self, signal: float) -> None:
+            super().__init__(None, 1e-9)
+            self.signal, self.rng = signal, torch.Generator().manual_seed(1)
+            self.groups["theta"] = torch.zeros(300, dtype=torch.float64)
+
+        def add_w(self, *args: Any, **more: Any) -> None:
+            self.groups["w"] = torch.zeros(300, dtype=torch.float64)
+
+        def apply(self, name: str, *_: Any, **__: Any) -> float:
+            return 0.0
+
+        def grad(self, terms: Any, batch: Batch, coef: Any, at: str = "live") -> Grads:
+            zero = torch.zeros(300, dtype=torch.float64)
+            noise = torch.randn(300, generator=self.rng, dtype=torch.float64) + 0.5 * self.signal
+            return Grads({"x": zero}, {"x": noise if "pg" in coef else zero}, dict.fromkeys(coef, 0.0), {})
+
+    for signal in (0.0, 1.0, 2.0, 8.0):
+        method = method_of(leaky_module, agreement_decay=0.95)
+        policy = Noisy(signal)
+        method.setup(policy)
+        for step in range(150):
+            found = method.update(policy, TWO_GROUPS, step)
+        wanted = (signal / 2) ** 2 / ((signal / 2) ** 2 + 1)
+        assert found["bridge/agreement"] == pytest.approx(wanted, abs=0.04)
+
+
+def halves_of_any_order(module: ModuleType) -> None:
+    """The same halves however the rows come; no group in both; the counts are those of the whole batch."""
+    rows = [row((1, i), [0.0, 0.0], 1.0, group).with_stream("pg", 1.0) for i, group in enumerate((0, 0, 1, 2, 2, 3, 4))]
+    rows += [row((1,), [0.0]).with_stream("nll", 1.0) for _ in range(2)]
+    rows[-2:] = [Row(r.ids, r.own, "demo", r.problem, streams=r.streams) for r in rows[-2:]]
+    for order in (range(9), (5, 0, 8, 2, 3, 6, 1, 7, 4), (6, 2, 4, 5, 3, 7, 1, 0, 8)):
+        batch = batching.make_batch([rows[i] for i in order])
+        found = module.halves(batch)
+        assert [sorted(int(r.ids[2]) for r in half.rows) for half in found] == [[0, 1, 3, 4, 6], [2, 5]]
+        assert all(half.counts == batch.counts == {"pg": 14.0, "nll": 2.0} for half in found)
+    (whole,) = module.halves(batching.make_batch(rows[7:]))
+    assert whole.rows == (), "no rollouts, one part"
+
+
+# -- every check, and that it can fail ---------------------------------------------------------------------------------
+
+CHECKS: dict[str, Callable[[ModuleType], None]] = {
+    f.__name__: f
+    for f in (
+        printed_rest,
+        rests,
+        path_with_equal_halves,
+        path_with_unequal_halves,
+        without_a_third_term,
+        order_of_calls,
+        without_a_leak_it_is_bridge,
+        updates_on_a_transformer,
+        halves_of_any_order,
+    )
+}
+LEAN = '        policy.lean("shadow", "theta", o.leak)  # before'
+STEP = 'norm = policy.apply("theta", joint)  '
+SHADOW = 'shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(o.rl), at="shadow")'
+STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)'
+JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+SIZE = "product, size = policy.dot(a, b), 0.5 * (policy.dot(a, a) + policy.dot(b, b))"
+PATH, GATE = "path_with_equal_halves", "path_with_unequal_halves"
+MODEL, IDLE = "updates_on_a_transformer", "without_a_third_term"
+
+MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "lambda_swapped": (PATH, ((JOINT, "joint = grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),)),
+    "theta_unweighted": (PATH, ((JOINT, "joint = grads.mix((1, sft.theta), (1, rl.theta))"),)),
+    "no_leak": ("printed_rest", ((LEAN, "        # before"),)),
+    "leak_away": (PATH, (('"theta", o.leak)', '"theta", -o.leak)'),)),
+    "leak_to_the_new_theta": (PATH, (
+        (LEAN, "        # before"), (STEP, STEP + '; policy.lean("shadow", "theta", o.leak)  '))),
+    "leak_before_the_gradient": (PATH, (
+        (LEAN, "        # before"), (SHADOW, f'policy.lean("shadow", "theta", o.leak); {SHADOW}'))),
+    "theta_leaks": ("printed_rest", (('policy.lean("shadow", "theta"', 'policy.lean("theta", "shadow"'),)),
+    "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta)', "pass"),)),
+    "shadow_by_rl": (MODEL, (
+        ('policy.apply("shadow", shadow.theta)', 'policy.apply("shadow", rl.theta)'),
+        ("        rl.theta.clear()\n", ""))),
+    "shadow_gradient_at_live": (PATH, ((', at="shadow")', ")"),)),
+    "shadow_gradient_late": ("order_of_calls", (
+        ("        gain =", f"        {SHADOW}\n        gain ="),)),
+    "third_term_added": ("rests", (("(-1.0, shadow.w))\n", "(1.0, shadow.w))\n"),)),
+    "no_third_term": ("rests", (("gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))", "gain = rl.w"),)),
+    "gate_left_out": (GATE, ((", rate=self.agreement)", ")"),)),
+    "gate_scales_the_gradient_twice": (GATE, (
+        (STEP_W, STEP_W.replace("(1 - lam, sft.w)", "(self.agreement * (1 - lam), sft.w)")),)),
+    "gate_of_the_step_before": (GATE, (
+        ("self.compare(policy, rl_w", "before = self.agreement; self.compare(policy, rl_w"),
+        ("rate=self.agreement", "rate=before"))),
+    "gate_unclipped_below": (GATE, (("max(self.product / self.size, 0.0)",
+                                                           "(self.product / self.size)"),)),
+    "agreement_of_the_rl_term": (GATE, (("(1.0, rl), (-1.0, shadow)", "(1.0, rl), (0.0, shadow)"),)),
+    "size_of_one_half": (GATE, ((SIZE, "product, size = policy.dot(a, b), policy.dot(a, a)"),)),
+    "size_twice": (PATH, ((" 0.5 * (policy.dot", " (policy.dot"),)),
+    "decay_the_other_way": (GATE, (("keep = self.options.agreement_decay",
+                                                          "keep = 1 - self.options.agreement_decay"),)),
+    "mean_from_zero": (IDLE, (("self.product / self.size, 0.0), 1.0) if self.size else 1.0",
+                                                 "self.product / (self.size or 1.0), 0.0), 1.0)"),)),
+    "first_value_weighed": (GATE, (("if self.size else 0.0  #", "#"),
+                                                          ("self.product = self.size = 0.0",
+                                                           "self.product = self.size = 1.0"))),
+    "zero_third_term_counts": (IDLE, (
+        ("if size > ROUNDING**2 * sum(policy.dot(rl, rl) for rl in rl_w):", "if True:"),)),
+    "rounding_counts": (IDLE, (("ROUNDING = 1e-5", "ROUNDING = 0.0"),)),
+    "one_group_counts": (IDLE, (
+        ("        if len(rl_w) < 2:\n            return\n", ""),
+        ("zip(rl_w, shadow_w, strict=True)", "zip((rl_w * 2)[:2], (shadow_w * 2)[:2])"))),
+    "half_forgotten": (PATH, (("whole.theta[name].add_(found.theta.pop(name))", "pass"),)),
+    "half_of_w_forgotten": (PATH, (("whole.w = grads.mix((1.0, whole.w), (1.0, found.w))", "pass"),)),
+    "halves_by_position": ("halves_of_any_order", ((", key=lambda row: (row.at, row.group))",
+                                                      ", key=lambda row: 0)"),)),
+    "logps_not_moved_on": (MODEL, (("{start + i: logp for", "{i: logp for"),)),
+    "beta_ignored": (PATH, ()),
+    "cap_ignored": (MODEL, (("self.options.ratio_cap)\n\n", "1e9)\n\n"),)),
+    "no_kl_at_the_shadow": (MODEL, (("shadow_coef(o.rl)", '{"shadow": 1.0}'),)),
+    "own_adam_for_the_shadow": ("without_a_leak_it_is_bridge", ()),
+}  # fmt: skip
+OF_SHADOW = {
+    "beta_ignored": ('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),
+    "own_adam_for_the_shadow": (
+        'kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None',
+        "kind=kind",
+    ),
+}
+
+
+def mutant(name: str) -> ModuleType:
+    module = mutate(leaky_module, MUTANTS[name][1], name)
+    if name in OF_SHADOW:
+        module.shadow_setup = mutate(shadow_module, (OF_SHADOW[name],), name).shadow_setup  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_shipped(name: str) -> None:
+    CHECKS[name](leaky_module)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_seen(name: str) -> None:
+    module = mutant(name)
+    with pytest.raises((AssertionError, OverflowError, ValueError)):
+        CHECKS[MUTANTS[name][0]](module)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def test_warnings() -> None:
+    for wanted, fires in ((0.9, False), (0.35, False), (0.25, True)):
+        n = 40
+        x = max(np.roots([wanted * n - 1, -2 * (n - 1), wanted * n * (n - 1) - (n - 1) ** 2]))
+        rows = [row((i % 2,), [-3.0], float(i % 2), 0) for i in range(n)]
+        policy = WithLogps(Quadratic(), 0.1, theta=1.0)
+        method = method_of(leaky_module)
+        method.setup(policy)
+        policy.rows = {i: np.array([0.0, -3.0 + (math.log(x) if i == 5 else 0.0)]) for i in range(n)}
+        found = method.update(policy, batching.make_batch(rows), 0)
+        assert found["bridge/ess"] == pytest.approx(wanted, abs=1e-12)
+        assert any("effective sample size" in text for text in method.warnings(found)) == fires
+    for rate, fires in ((1e-5, True), (1e-2, False)):
+        method, policy = method_of(leaky_module), Stub(Quadratic(), 0.1, theta=1.0)
+        method.setup(policy)
+        policy.optimisers["shadow"].lr *= rate
+        said = walk(method, policy, 2).warned
+        assert [any("hardly moves" in text for text in texts) for texts in said] == [fires] * 2
+    quiet = SimpleNamespace(sft=Quadratic().sft, rl=lambda theta, w: (0.0, 0.0, 0.0))
+    method, policy = method_of(leaky_module), Stub(quiet, 0.1, theta=1.0)
+    method.setup(policy)
+    assert walk(method, policy, 2).warned == [[], []]
+
+
+def test_the_shadows_own_rollouts() -> None:
+    """Sampled every third step, on the problems of the step, counted without what the grader failed on, not learnt."""
+    joint = [row((1,), [0.0], reward, group) for group, reward in ((0, 1.0), (0, 0.0), (1, 1.0), (1, 1.0))]
+    asked = []
+
+    def roll(problems: Any, at: str = "live") -> list[Row]:
+        asked.append((len(problems), at))
+        rows = [row((1,), [0.0], reward, 7) for reward in (1.0, 0.0, 0.0, 0.0)]
+        failed = Row(rows[0].ids, rows[0].own, "rollout", rows[0].problem, 8, reward=0.0, verdict=Verdict.ERROR)
+        return [*rows, failed]
+
+    roll.groups = lambda data: joint  # type: ignore[attr-defined]
+    data = SimpleNamespace(demos=lambda n: [])
+    method = method_of(leaky_module, probe_every=3)
+    policy = Stub(Quadratic(), 0.1)
+    method.setup(policy)
+    for step in range(5):
+        rows = method.gather(data, roll, step)
+        assert len(rows) == 4 and all(set(r.streams) == {"pg", "shadow"} for r in rows)
+        found = method.update(policy, NOTHING, step)
+        here = {k: v for k, v in found.items() if k in ("bridge/gain_honest", "bridge/shadow_reward")}
+        assert here == ({} if step % 3 else {"bridge/gain_honest": 0.5, "bridge/shadow_reward": 0.25})
+    assert asked == [(2, "shadow")] * 2
