@@ -81,8 +81,8 @@ GRID: dict[str, list[Setting]] = {
                    ((1e-3, 1.0, 1.0), (1e-3, 0.3, 1.0), (1e-3, 0.1, 1.0), (1e-3, 0.03, 1.0), (1e-3, 0.3, 2.0),
                     (1e-3, 0.1, 2.0))],
     "guide": [method("guide", lr, beta=beta, **{"lambda": lam}) for lr, beta, lam in
-              ((1e-3, 1e-3, 0.5), (1e-3, 3e-3, 0.5), (1e-3, 1e-3, 0.9), (1e-3, 3e-3, 0.9), (5e-4, 1e-3, 0.5),
-               (1.4e-3, 1e-3, 0.5))],
+              ((1e-3, 2e-3, 0.5), (1e-3, 5e-3, 0.5), (1e-3, 2e-3, 0.9), (1e-3, 5e-3, 0.9), (5e-4, 5e-3, 0.5),
+               (1.4e-3, 2e-3, 0.5))],
 }
 # Further mixtures of joint, for the best one of each regime: not a method, but what a user with a validation set of
 # every regime could reach by trying.

@@ -174,7 +174,7 @@ class TokenLeadOptions(Strict):
     eta: Annotated[float, Field(ge=0)] = 1.0  # weight exp(eta a / deviation of a); 0 is `joint`
     limit: Rate = 3.0  # of |a| in deviations
     decay: Share = 0.9  # of the running mean of RL's gradient that is looked ahead along
-    move: Rate = 0.01  # root mean square change of a token's log-prob by the look ahead
+    move: Rate = 0.1  # root mean square change of a token's log-prob by the look ahead
     memory: Share = 0.0  # > 0: running mean of each token's alignment over the epochs, kept with this decay
     source: str = "source"  # column of the data that names where a demonstration comes from
     shuffled: bool = False  # control: the same weights, dealt out to other tokens

@@ -19,6 +19,7 @@ from bridgelm.errors import UserError
 from bridgelm.methods import METHODS
 from bridgelm.types import Grade, Live, Micro, Row, Verdict
 
+from .limits import LIMITS
 from .variants import METHOD, VARIANTS, sections
 
 Make = Callable[..., Any]
@@ -55,9 +56,9 @@ class Bench:
         policy.micro_tokens = micro_tokens
         apply = type(policy).apply
 
-        def spy(name: str, gradient: grads.Gradient) -> float:
+        def spy(name: str, gradient: grads.Gradient, **options: Any) -> float:
             seen.append((name, {key: g.clone() for key, g in gradient.items()}))
-            return apply(policy, name, gradient)
+            return apply(policy, name, gradient, **options)
         policy.apply = spy
         batch = make_batch(rows)
         metrics = session.method.update(policy, replace(batch, stats=session.method.probe(batch)), 2)
@@ -201,21 +202,13 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
     if "kl" in batch.counts:
         return
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
-    if "nll" in batch.counts:
+    if method.options.name in LIMITS:
         sft = policy.grad(method.terms, batch, {"nll": 1.0})
-        if method.options.name == "joint":  # a smaller step of SFT
-            mu = method.mu(session.step)
-            wanted = {"theta": grads.mix((mu / (1 + mu), sft.theta))}
-        elif method.options.name == "bridge":  # theta and w follow SFT, the shadow stays where it is
-            share = 1 - method.lam(0)
-            zero = {k: torch.zeros_like(g) for k, g in policy.groups["shadow"].zeros().items()}
-            wanted = {"theta": grads.mix((share, sft.theta)), "w": grads.mix((share, sft.w)), "shadow": zero}
-        elif method.options.name == "alternate":  # the RL step does not move, so SFT follows from the same point
-            wanted["theta_sft"] = sft.theta
+        wanted |= LIMITS[method.options.name](method, sft, policy, session.step, session.roll.grader.reward)
     seen: dict[str, grads.Gradient] = {}
     apply = type(policy).apply
-    policy.apply = lambda name, g: (seen.setdefault(name, {k: v.clone() for k, v in g.items()}),
-                                    apply(policy, name, g))[1]
+    policy.apply = lambda name, g, **options: (seen.setdefault(name, {k: v.clone() for k, v in g.items()}),
+                                               apply(policy, name, g, **options))[1]
     metrics = session.method.update(policy, batch, session.step)
     assert all(np.isfinite(v) for key, v in metrics.items() if key != "bridge/gain_se"), metrics
     for name, gradient in wanted.items():

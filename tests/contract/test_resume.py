@@ -108,11 +108,11 @@ def killed_in_update(run: Path, start: Callable[[], None], after: int) -> None:
     """kill -9 in the middle of an update: `after` optimisers have stepped in this process."""
     apply, calls = Policy.apply, []
 
-    def counted(self: Policy, name: str, gradient: Any) -> float:
+    def counted(self: Policy, name: str, gradient: Any, **options: Any) -> float:
         calls.append(name)
         if len(calls) > after:
             die()
-        return apply(self, name, gradient)
+        return apply(self, name, gradient, **options)
     Policy.apply = counted  # type: ignore[method-assign]
     start()
 

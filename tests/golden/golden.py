@@ -35,9 +35,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "bridge": BRIDGE,
     "bridge_paper": {**BRIDGE, "preset": "paper"},
     "bridge_exclusive": {**BRIDGE, "exclusive": True, "modules": "mlp"},
+    "bridge_leaky": {**BRIDGE, "name": "bridge_leaky"},
+    "bridge_dial": {**BRIDGE, "name": "bridge_dial", "eta": 0.5},
+    "barrier": {"name": "barrier"},
+    "token_lead": {"name": "token_lead"},
+    "guide": {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
-        "bridge/theta_move", "bridge/shadow_move", "reward", "lr")
+        "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/",
+        "reward", "lr")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:

@@ -93,7 +93,7 @@ class Barrier(Method):
         with decay 0) has no error to be known."""
         now = dict(zip(SUMS, (c, n_sft, n_rl, n_rl * n_rl, 1.0, 1.0), strict=True))
         decay = self.options.decay
-        fade = dict.fromkeys(SUMS, decay) | {"weight_squared": decay**2}
+        fade = {key: decay**2 if key == "weight_squared" else decay for key in SUMS}
         self.sums = {key: fade[key] * self.sums[key] + now[key] for key in SUMS}
         weight = self.sums["weight"]
         c, n_sft, n_rl, square = (self.sums[key] / weight for key in ("c", "n_sft", "n_rl", "n_rl_squared"))

@@ -1,0 +1,47 @@
+"""What each method's step is when RL has nothing to say: all groups pass, or all fail. A method adds its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bridgelm import grads
+from bridgelm.policy import Grads, Policy
+
+Wanted = dict[str, grads.Gradient]
+
+
+def of_theta(share: float, sft: Grads) -> Wanted:
+    return {"theta": grads.mix((share, sft.theta))}
+
+
+def of_bridge(share: float, sft: Grads, policy: Policy) -> Wanted:
+    """theta and w follow SFT; the shadow, where there is one, stays (but for a leak)."""
+    out = {**of_theta(share, sft), "w": grads.mix((share, sft.w))}
+    if "shadow" in policy.groups:
+        out["shadow"] = {k: torch.zeros_like(g) for k, g in policy.groups["shadow"].zeros().items()}
+    return out
+
+
+def joint(mu: float, sft: Grads) -> Wanted:
+    return of_theta(mu / (1 + mu), sft)
+
+
+def barrier(method: Any, sft: Grads, reward: float) -> Wanted:
+    """nu is held; but where nearly all fail, a flat batch is no optimum, and SFT goes on alone."""
+    nu = 0.0 if reward < method.options.low else method.nu
+    return of_theta(1 / (1 + nu), sft)
+
+
+LIMITS: dict[str, Callable[[Any, Grads, Policy, int, float], Wanted]] = {
+    "joint": lambda method, sft, policy, step, reward: joint(method.mu(step), sft),
+    "token_lead": lambda method, sft, policy, step, reward: joint(method.options.mu, sft),
+    "barrier": lambda method, sft, policy, step, reward: barrier(method, sft, reward),
+    "bridge": lambda method, sft, policy, step, reward: of_bridge(1 - method.lam(0), sft, policy),
+    "bridge_leaky": lambda method, sft, policy, step, reward: of_bridge(1 - method.options.lam, sft, policy),
+    "bridge_dial": lambda method, sft, policy, step, reward: of_bridge(1 - method.lam, sft, policy),
+    # The RL step does not move, so SFT follows from the same point.
+    "alternate": lambda method, sft, policy, step, reward: {"theta_sft": sft.theta},
+}
