@@ -54,7 +54,8 @@ def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
 
 
 def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """sqrt(v) + eps of Adam's denominator, bias corrected; None where the optimiser has no such thing."""
+    """sqrt(v) + eps of Adam's denominator, bias corrected; None where the optimiser has no such thing. Infinite where
+    no gradient has been seen yet (an embedding that had no token): 1/eps there would drown everything else."""
     source = optimiser.source if isinstance(optimiser, SharedMoments) else optimiser
     if source is not optimiser:
         index = next(i for i, x in enumerate(group["params"]) if x is p)
@@ -63,7 +64,8 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
     if "exp_avg_sq" not in state:
         return None
     beta2 = source.param_groups[0]["betas"][1]
-    return state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
+    root = state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
+    return root.masked_fill_(state["exp_avg_sq"] == 0, math.inf)
 
 
 def last_step_norm(optimiser: torch.optim.Optimizer) -> float:

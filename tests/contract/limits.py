@@ -29,19 +29,13 @@ def joint(mu: float, sft: Grads) -> Wanted:
     return of_theta(mu / (1 + mu), sft)
 
 
-def barrier(method: Any, sft: Grads, reward: float) -> Wanted:
-    """nu is held; but where nearly all fail, a flat batch is no optimum, and SFT goes on alone."""
-    nu = 0.0 if reward < method.options.low else method.nu
-    return of_theta(1 / (1 + nu), sft)
-
-
-LIMITS: dict[str, Callable[[Any, Grads, Policy, int, float], Wanted]] = {
-    "joint": lambda method, sft, policy, step, reward: joint(method.mu(step), sft),
-    "token_lead": lambda method, sft, policy, step, reward: joint(method.options.mu, sft),
-    "barrier": lambda method, sft, policy, step, reward: barrier(method, sft, reward),
-    "bridge": lambda method, sft, policy, step, reward: of_bridge(1 - method.lam(0), sft, policy),
-    "bridge_leaky": lambda method, sft, policy, step, reward: of_bridge(1 - method.options.lam, sft, policy),
-    "bridge_dial": lambda method, sft, policy, step, reward: of_bridge(1 - method.lam, sft, policy),
+LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
+    "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
+    "token_lead": lambda method, sft, policy, step: joint(method.options.mu, sft),
+    "barrier": lambda method, sft, policy, step: of_theta(1 / (1 + method.options.eta), sft),
+    "bridge": lambda method, sft, policy, step: of_bridge(1 - method.lam(0), sft, policy),
+    "bridge_leaky": lambda method, sft, policy, step: of_bridge(1 - method.options.lam, sft, policy),
+    "bridge_dial": lambda method, sft, policy, step: of_bridge(1 - method.lam, sft, policy),
     # The RL step does not move, so SFT follows from the same point.
-    "alternate": lambda method, sft, policy, step, reward: {"theta_sft": sft.theta},
+    "alternate": lambda method, sft, policy, step: {"theta_sft": sft.theta},
 }

@@ -204,7 +204,7 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
     if method.options.name in LIMITS:
         sft = policy.grad(method.terms, batch, {"nll": 1.0})
-        wanted |= LIMITS[method.options.name](method, sft, policy, session.step, session.roll.grader.reward)
+        wanted |= LIMITS[method.options.name](method, sft, policy, session.step)
     seen: dict[str, grads.Gradient] = {}
     apply = type(policy).apply
     policy.apply = lambda name, g, **options: (seen.setdefault(name, {k: v.clone() for k, v in g.items()}),

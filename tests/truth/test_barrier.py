@@ -34,9 +34,8 @@ from bridgelm.policy import Grads, Policy
 from bridgelm.types import Batch, Row, Verdict
 
 Vector = np.ndarray
-DIVISION = "grads.mix((1 / (1 + nu), sft), (nu / (1 + nu), rl))"
-EVEN = "grads.mix((1 / (1 + self.options.eta), sft), (nu / (1 + self.options.eta), rl))"
-UNDIVIDED = mutate(barrier, ((DIVISION, EVEN),), "undivided")  # the same direction, the size that it has by itself
+DIVISION = "grads.mix((1 / whole, sft), (nu / whole, rl))"
+DIVIDED = mutate(barrier, (("whole = 1 + self.options.eta", "whole = 1 + nu"),), "divided")
 
 
 # -- problems and policies ---------------------------------------------------------------------------------------------
@@ -199,9 +198,9 @@ def gaps(points: Vector) -> tuple[float, float]:
 
 @pytest.mark.parametrize("eta", ETAS)
 def test_the_direction_leads_to_the_best_fit_of_the_best_by_reward(eta: float) -> None:
-    """Taken at its own size, it ends within O(alpha): half the rate, half the distance."""
+    """It ends within O(alpha): half the rate, half the distance."""
     rates = (0.04, 0.02) if eta > 1 else (0.04, 0.02, 0.01)
-    found = [gaps(slid(UNDIVIDED, lr, int(14 * (1 + eta) / lr), eta)) for lr in rates]
+    found = [gaps(slid(barrier, lr, int(14 * (1 + eta) / lr), eta)) for lr in rates]
     for (far, off), (nearer, less) in pairwise(found):
         assert nearer == pytest.approx(far / 2, rel=0.25) and less == pytest.approx(off / 2, rel=0.25)
     assert found[0][0] < 0.04 * 2 and found[0][1] < 0.04 * 5
@@ -212,7 +211,7 @@ def test_no_fixed_mix_gets_there() -> None:
     it has not arrived along the plane when the barrier has."""
     problem, steps, lr = Plane(), 2800, 0.01
     best = problem.best_fit()
-    far, off = gaps(slid(UNDIVIDED, lr, steps))
+    far, off = gaps(slid(barrier, lr, steps))
     for mu in 10.0 ** np.arange(-3, 4):
         rest, config = problem.mixed(mu), run_config({"name": "joint", "mu": float(mu)})
         for rate in (lr, lr / 2):  # the real joint stays where it is put
@@ -220,7 +219,7 @@ def test_no_fixed_mix_gets_there() -> None:
             assert np.abs(points - rest).max() < 1e-12
         misses, violation = float(np.linalg.norm(rest - best)), float(rest @ problem.a - problem.b)
         assert violation > 4e-4
-        still = gaps(slid(UNDIVIDED, min(lr, lr * violation / off / 2), 100, start=best))
+        still = gaps(slid(barrier, min(lr, lr * violation / off / 2), 100, start=best))
         assert still[0] < misses and still[1] < violation, f"some rate of the barrier beats mu {mu}"
         if misses < 2 * far:
             points, _ = walk(Joint(config.method, config), Field(problem, lr, (0.0, 0.0, 0.0), parts=1), steps)
@@ -228,13 +227,13 @@ def test_no_fixed_mix_gets_there() -> None:
 
 
 def test_the_division_takes_the_step_away() -> None:
-    """What ships: divided by 1 + nu, SGD gets to the plane and stops where it met it, at any rate; with a cap it creeps
-    on to where joint rests at mu = 1 / cap."""
+    """Why the divisor is constant: with 1 + nu SGD gets to the plane and stops where it met it, at any rate; with a cap
+    it creeps on to where joint rests at mu = 1 / cap."""
     for lr in (0.02, 0.01):
-        far, off = gaps(slid(barrier, lr, int(16 / lr)))
+        far, off = gaps(slid(DIVIDED, lr, int(16 / lr)))
         assert off < 1e-4 and far == pytest.approx(1.5736, abs=2e-3)
     for cap in (4.0, 8.0):
-        assert slid(barrier, 0.1, 1500, cap=cap)[-1] == pytest.approx(Plane().mixed(1 / cap), abs=1e-6)
+        assert slid(DIVIDED, 0.1, 1500, cap=cap)[-1] == pytest.approx(Plane().mixed(1 / cap), abs=1e-6)
 
 
 # -- scales ------------------------------------------------------------------------------------------------------------
@@ -266,14 +265,12 @@ def adam_walk(module: ModuleType, s: float, r: float, decay: float, steps: int =
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_scales_under_adam(decay: float) -> None:
-    """A scale of both losses changes nothing. A scale of one of them changes 1 / (1 + nu) by another factor in each
-    step, which Adam's moments see; the undivided direction is invariant to that too."""
-    plain, divided = adam_walk(UNDIVIDED, 1.0, 1.0, decay), adam_walk(barrier, 1.0, 1.0, decay)
+    """A scale of either loss changes nothing. With 1 + nu a scale of one of them would change the divisor by another
+    factor in each step, which Adam's moments see."""
+    plain, divided = adam_walk(barrier, 1.0, 1.0, decay), adam_walk(DIVIDED, 1.0, 1.0, decay)
     for s, r in SCALES:
-        assert adam_walk(UNDIVIDED, s, r, decay) == pytest.approx(plain, abs=1e-7)
-        if s == r:
-            assert adam_walk(barrier, s, r, decay) == pytest.approx(divided, abs=1e-7)
-    assert np.abs(adam_walk(barrier, 1e3, 1.0, decay) - divided).max() > 1e-2
+        assert adam_walk(barrier, s, r, decay) == pytest.approx(plain, abs=1e-7)
+    assert np.abs(adam_walk(DIVIDED, 1e3, 1.0, decay) - divided).max() > 1e-2
 
 
 # -- the gain in reward ------------------------------------------------------------------------------------------------
@@ -301,13 +298,13 @@ def gain(module: ModuleType) -> None:
         kinds.add((nu > 0, c > 0))
         assert found["barrier/conflict"] == pytest.approx(c / math.sqrt(n_sft * n_rl), rel=1e-12)
         assert (found["barrier/n_sft"], found["barrier/n_rl"]) == pytest.approx((n_sft, n_rl), rel=1e-12)
-        step = (g_sft + nu * g_rl) / (1 + nu)  # J rises along it
+        step = (g_sft + nu * g_rl) / (1 + eta)  # J rises along it
         assert points[1] - points[0] == pytest.approx(0.1 * step, rel=1e-12)
         assert found["grad_norm/theta"] == pytest.approx(float(np.linalg.norm(step)), rel=1e-12)
         one_sided = g_sft - min(0.0, c) / n_rl * g_rl  # PCGrad, of g_S alone
         policy = Field(Slopes(g_sft, g_rl), 0.1, np.zeros(size), metric=metric)
         points, (found,) = walk(method_of(module, eta=1e-13, **EXACT), policy, 1)
-        left = (points[1] - points[0]) / 0.1 * (1 + found["barrier/nu"])
+        left = (points[1] - points[0]) / 0.1
         assert left == pytest.approx(one_sided, rel=1e-7, abs=1e-9 * float(np.linalg.norm(g_sft)))
     assert kinds == {(True, True), (True, False), (False, True)}, "conflict always needs RL's help"
 
@@ -471,26 +468,28 @@ def tiny_numbers(module: ModuleType) -> None:
 
 def first_step(module: ModuleType) -> None:
     """Adam has no moments yet: that step goes by its own plain products, and no mean remembers them. P of the second
-    step is one over the size of the first gradient."""
+    step is one over the size of the first gradient. The means begin when P is made of as many gradients as they are."""
     problem, start, eps = Plane(), np.array([0.1, 0.3, 0.0]), 1e-3
-    method = method_of(module, decay=0.9, cap=1e9, optim={"kind": "adamw", "eps": eps, "lr": 0.05})
+    method = method_of(module, decay=0.5, cap=1e9, optim={"kind": "adamw", "eps": eps, "lr": 0.05})
     policy = Adam(problem, method.run.optim, start)
-    points, found = walk(method, policy, 3)
+    points, found = walk(method, policy, 5)
     squares: list[Vector] = []
-    sums = np.zeros(3)
-    for k in range(3):
+    sums, weight = np.zeros(3), 0.0
+    for k in range(5):
         (_, g_sft), (_, g_rl) = problem.sft(points[k]), problem.rl(points[k])
         second = sum((0.001 * 0.999 ** (k - 1 - i) * g for i, g in enumerate(squares)), np.zeros(3))
         p = 1 / (np.sqrt(second / (1 - 0.999**k)) + eps) if k else np.ones(3)
+        p[second == 0] = 0.0 if k else 1.0  # nothing is known of a coordinate without a gradient so far
         now = np.array([np.sum(u * p * v) for u, v in ((g_sft, g_rl), (g_sft, g_sft), (g_rl, g_rl))])
-        sums = 0.9 * sums + now if k > 1 else now
-        c, n_sft, n_rl = sums / (1.9 if k == 2 else 1.0)
+        if k >= 2:
+            sums, weight = 0.5 * sums + now, 0.5 * weight + 1
+        c, n_sft, n_rl = sums / weight if weight else now
         assert (found[k]["barrier/n_sft"], found[k]["barrier/n_rl"]) == pytest.approx((n_sft, n_rl), rel=1e-9), k
         assert found[k]["barrier/conflict"] == pytest.approx(c / math.sqrt(n_sft * n_rl), rel=1e-9), k
         nu = found[k]["barrier/nu"]
         if not found[k]["barrier/held"]:
             assert nu == pytest.approx(max(0.0, math.sqrt(n_sft / n_rl) - c / n_rl), rel=1e-9), k
-        squares.append(((g_sft + nu * g_rl) / (1 + nu)) ** 2)
+        squares.append(((g_sft + nu * g_rl) / 2) ** 2)
     policy = Field(problem, 0.01, start)  # plain SGD has one metric throughout: its first step is remembered
     _, found = walk(method_of(module, decay=0.9, cap=1e9), policy, 2)
     raw = raw_of(policy)
@@ -590,7 +589,7 @@ def transformer(module: ModuleType) -> None:
         assert seen[-1][:3] == pytest.approx(wanted, rel=1e-9), f"step {step}"
         assert seen[-1][4] == 0.5, "the mean reward"
         nu = found["barrier/nu"]
-        mixed = {n: (g + nu * full["rollout"][n]) / (1 + nu) for n, g in full["demo"].items()}
+        mixed = {n: (g + nu * full["rollout"][n]) / 2 for n, g in full["demo"].items()}
         if second is None:  # Adam's first step is the sign of its gradient, but for epsilon
             second = {n: g**2 for n, g in mixed.items()}
             for n, t in policy.groups["theta"].full.items():
@@ -646,8 +645,8 @@ MUTANTS: dict[str, tuple[str, Swaps]] = {
     "metric_of_the_plain_step_forgotten": ("transformer", ((SQUARE, SQUARE.replace(', metric="theta"', "")),)),
     "negative_nu": ("gain", (("min(o.cap, max(0.0, (wanted - c) / n_rl))", "min(o.cap, (wanted - c) / n_rl)"),)),
     "no_division": ("gain", ((DIVISION, "grads.mix((1.0, sft), (nu, rl))"),)),
-    "even_division": ("gain", ((DIVISION, EVEN),)),
-    "nu_on_the_demonstrations": ("gain", ((DIVISION, "grads.mix((nu / (1 + nu), sft), (1 / (1 + nu), rl))"),)),
+    "divided_by_nu": ("gain", (("whole = 1 + self.options.eta", "whole = 1 + nu"),)),
+    "nu_on_the_demonstrations": ("gain", ((DIVISION, "grads.mix((nu / whole, sft), (1 / whole, rl))"),)),
     "half_of_the_gradient": ("gain", (("grads.mix((1.0, a.theta), (1.0, b.theta))", "grads.mix((1.0, a.theta))"),)),
     "no_cap": ("means", (("min(o.cap, max(0.0, (wanted - c) / n_rl))", "max(0.0, (wanted - c) / n_rl)"),)),
     "no_cap_at_first": ("low", (("min(options.eta, options.cap)", "options.eta"),)),
@@ -669,7 +668,8 @@ MUTANTS: dict[str, tuple[str, Swaps]] = {
     "low_before_the_measurement": ("low", ((RULE, "if reward >= o.low and n_rl > 0 and n_rl >= 2 * error:"),)),
     "failed_grades_count": ("low", ((" and row.verdict is not Verdict.ERROR", ""),)),
     "other_policies_count": ("low", ((' and row.at == "live"', ""),)),
-    "first_step_remembered": ("first_step", (("if self.in_one_metric(policy):", "if True:"),)),
+    "first_step_remembered": ("first_step", (("if self.metric_is_ripe(policy):", "if True:"),)),
+    "metric_never_unripe": ("first_step", (("return taken >= (1 /", "return taken >= min(1, 1 /"),)),
     "first_step_of_sgd_forgotten": (
         "first_step",
         (('return self.run.optim.kind == "sgd" or bool(policy.optimisers["theta"].optimiser.state)',

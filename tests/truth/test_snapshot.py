@@ -18,6 +18,7 @@ from bridgelm.policy import Policy
 
 Weights = dict[str, dict[str, Tensor]]
 LR, BETA, LAM = 0.05, 0.02, 0.3
+KL = "{OF_SHADOW[name]: c for name, c in rl_coef(self.options.rl).items()}"
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,7 @@ WRONG = {
         (GAIN, 'shadow = policy.grad(self.shadow_terms, batch, self.shadow_coef(), at="shadow")\n        ' + GAIN),
     ),
     "shadow's gradient at theta": (('self.shadow_coef(), at="shadow")', "self.shadow_coef())"),),
-    "no KL at the shadow": (('"kl": "shadow_kl"}', '"kl": "nowhere"}'),),
+    "no KL at the shadow": ((KL, KL[:-1] + ' if name == "pg"}'),),
 }
 
 

@@ -1,11 +1,11 @@
 """Barrier: towards the best fit of the demonstrations among the policies that are best by reward; no shadow, no w.
 
-    theta += a P (g_S + nu g_R) / (1 + nu)                                   g_S, g_R: gradients of J_SFT and J_RL
+    theta += a P (g_S + nu g_R) / (1 + eta)                                  g_S, g_R: gradients of J_SFT and J_RL
     nu = max(0, eta sqrt(n_S / n_R) - c / n_R),    c = <g_S, g_R>,  n_S = <g_S, g_S>,  n_R = <g_R, g_R>
 
-<g, h> = g' P h with P the metric of theta's Adam (its second moments before the step). Before the division by 1 + nu
+<g, h> = g' P h with P the metric of theta's Adam (its second moments before the step). Before the division by 1 + eta
 the first-order gain in reward is <g_R, g_S + nu g_R> >= eta sqrt(n_S n_R), with equality where nu > 0: demonstrations
-may take what costs no reward, and never stop RL. The scales of both losses cancel in the direction of the step. As
+may take what costs no reward, and never stop RL. The scales of both losses cancel. As
 eta -> 0 what is left is PCGrad's projection, of g_S alone. Where c is near 0 this is `joint` with mu = 1 / eta: the
 metric log_nu_over_eta says how much more it is than that.
 
@@ -15,10 +15,8 @@ When n_R cannot be told from zero (under two standard errors of its mean), nothi
 held (eta before there is one), but where hardly any answer is right RL has nothing to say yet: the step is SFT alone.
 The code minimises losses L = -J: both gradients change sign, and c, n_S, n_R do not.
 
-Trap: an RL optimum and an all-fail start both have n_R near zero; `low` tells them apart, by reward. And nu grows as
-g_R vanishes, so that the division by 1 + nu takes the step away: plain SGD stops where it meets the RL optima, instead
-of moving along them to the best fit, and creeps on to where `joint` rests with mu = 1 / cap. Adam, which remembers the
-size of its gradients, is slowed there too.
+Trap: an RL optimum and an all-fail start both have n_R near zero; `low` tells them apart, by reward. The divisor is
+constant because nu grows as g_R vanishes: divided by 1 + nu, the step would vanish too, where the RL optima are met.
 """
 
 from __future__ import annotations
@@ -71,10 +69,11 @@ class Barrier(Method):
         rl, n_rl, more = measure(policy, self.terms, halves, rl_coef(self.options.rl))
         c = policy.dot(sft, rl, metric="theta")
         error = 0.0
-        if self.in_one_metric(policy):
+        if self.metric_is_ripe(policy):
             c, n_sft, n_rl, error = self.averaged(c, n_sft, n_rl)
         nu, held = self.weigh(c, n_sft, n_rl, error, mean_reward(batch))
-        norm = policy.apply("theta", grads.mix((1 / (1 + nu), sft), (nu / (1 + nu), rl)))
+        whole = 1 + self.options.eta  # where nu > 0 the sum is about as large as g_S: no larger divisor is needed
+        norm = policy.apply("theta", grads.mix((1 / whole, sft), (nu / whole, rl)))
         found = {"nu": nu, "held": float(held), "n_sft": n_sft, "n_rl": n_rl}
         if min(n_sft, n_rl) > 0:
             found["conflict"] = c / (math.sqrt(n_sft) * math.sqrt(n_rl))  # a cosine: below 0 they disagree
@@ -83,10 +82,14 @@ class Barrier(Method):
         return {"grad_norm/theta": norm, **{f"loss/{name}": value for name, value in (losses | more).items()},
                 **{f"barrier/{name}": value for name, value in found.items()}}
 
-    def in_one_metric(self, policy: Policy) -> bool:
-        """Whether this step's products can be averaged with others. Before Adam's first step there is no P, and they
-        are in the plain metric; plain SGD has no other."""
-        return self.run.optim.kind == "sgd" or bool(policy.optimisers["theta"].optimiser.state)
+    def metric_is_ripe(self, policy: Policy) -> bool:
+        """Whether this step's products can be averaged with others. Before Adam's first step there is no P, and the P
+        of a handful of gradients gives products ten times those that follow, which would stay in the means for long:
+        such steps go by their own. Plain SGD has one metric throughout."""
+        if self.run.optim.kind == "sgd":
+            return True
+        taken = max((float(s["step"]) for s in policy.optimisers["theta"].optimiser.state.values()), default=0.0)
+        return taken >= (1 / (1 - self.options.decay) - 1e-9 if self.options.decay < 1 else 1)
 
     def averaged(self, c: float, n_sft: float, n_rl: float) -> tuple[float, float, float, float]:
         """Running means with this step in them, and the standard error of the one of n_R. A mean of one step (always,
