@@ -30,8 +30,9 @@ def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
     if parts == 1:
         return [list(rows)]
     part_of: dict[int, int] = {}
-    for source in sorted({row.at for row in rows}):  # each policy's groups are dealt out for themselves
-        groups = sorted({row.group for row in rows if row.kind == "rollout" and row.at == source})
+    # Each policy's groups are dealt out for themselves; a group that several have a part in stays together.
+    for source in sorted({row.at for row in rows}, key=lambda at: (at != "live", at)):
+        groups = sorted({row.group for row in rows if row.kind == "rollout" and row.at == source} - part_of.keys())
         part_of |= {group: i * parts // len(groups) for i, group in enumerate(groups)}
     demos = [row for row in rows if row.kind == "demo"]
     out: list[list[Row]] = [[] for _ in range(parts)]
@@ -108,6 +109,9 @@ def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats
         own_BT=torch.from_numpy(stack((row.own for row in rows), np.bool_)).to(device),
         old_BT=real(row.old_logps for row in rows),
         ref_BT=real(row.ref_logps for row in rows),
+        teacher_BT=real(None if row.teacher_logps is None else np.nan_to_num(row.teacher_logps) for row in rows),
+        taught_BT=torch.from_numpy(stack((None if row.teacher_logps is None else row.own & ~np.isnan(row.teacher_logps)
+                                          for row in rows), np.bool_)).to(device),
         temperature_B=torch.tensor([row.temperature for row in rows], dtype=dtype, device=device),
         weight={name: real(None if s is None else s.weight for s in stream) for name, stream in streams.items()},
         scale={name: real(iter(scale[name])) for name in names},

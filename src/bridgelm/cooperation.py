@@ -37,7 +37,7 @@ def diagnose(rows: Sequence[Row], shadow: Mapping[int, np.ndarray], low: float, 
     for i, logp in shadow.items():
         old = rows[i].old_logps
         if rows[i].kind == "rollout" and old is not None:
-            logs[i] = (logp - old)[rows[i].own]
+            logs[i] = (logp - old)[rows[i].drawn]
     if not logs:
         return {}
     rewards, ratios = [], []

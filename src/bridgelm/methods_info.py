@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import difflib
 import io
+import sys
 import tokenize
 import typing
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ METHODS_FOLDER = Path(__file__).parent / "methods"
 class Option:
     key: str  # dotted, as it stands in the TOML under [method]
     default: str
-    remark: str  # the allowed words, and the comment behind it in options.py: meaning and source of the default
+    remark: str  # the allowed words, and the comment behind it in options/: meaning and source of the default
 
 
 def option_classes() -> dict[str, type[BaseModel]]:
@@ -84,19 +85,29 @@ def needs_of(method: BaseModel) -> frozenset[str]:
 
 
 @cache
-def _comments() -> dict[int, str]:
-    """Line number of options.py -> the comment that ends that line or its continuation."""
-    text = Path(options.__file__).read_text(encoding="utf-8")
+def _comments(path: str) -> dict[int, str]:
+    """Line number of a file of options -> the comment that ends that line or its continuation."""
+    text = Path(path).read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 
 @cache
-def _fields(class_name: str) -> dict[str, ast.AnnAssign]:
-    tree = ast.parse(Path(options.__file__).read_text(encoding="utf-8"))
-    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
-    fields = [node for body in bodies for node in body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: node for node in fields if isinstance(node.target, ast.Name)}
+def _remarks(model: type[BaseModel]) -> dict[str, str]:
+    """The comment behind each field, those of the classes above included."""
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if not cls.__module__.startswith(options.__name__):
+            continue
+        path = str(sys.modules[cls.__module__].__file__)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+        for node in (node for body in bodies for node in body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                said = _comments(path)
+                found[node.target.id] = " ".join(said[line] for line in lines if line in said)
+    return found
 
 
 def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
@@ -125,7 +136,6 @@ def _choices(annotation: Any) -> list[str]:
 
 def option_rows(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
     """Every key of a method's table, nested tables included, with default and remark."""
-    nodes = _fields(model.__name__)
     for name, info in model.model_fields.items():
         key = prefix + (info.alias or name)
         if key == "name":
@@ -134,9 +144,7 @@ def option_rows(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
         if inner is not None:
             yield from option_rows(inner, f"{key}[]." if many else f"{key}.")
             continue
-        node = nodes.get(name)
-        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1) if node else ()
-        remark = " ".join(_comments()[line] for line in lines if line in _comments())
+        remark = _remarks(model).get(name, "")
         choices = _choices(info.annotation)
         default = "required" if info.is_required() else _show(info.get_default(call_default_factory=True))
         yield Option(key, default, "; ".join(part for part in (" | ".join(choices), remark) if part))

@@ -16,9 +16,10 @@ from bridgelm.data import Data
 from bridgelm.engine import Engine, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.policy import Policy
-from bridgelm.types import Completion, Demo, Grade, Metrics, Problem, Row, Verdict
+from bridgelm.types import Demo, Grade, Metrics, Problem, Row, Verdict
 
 WINDOW = 256  # answers that the verifier's error rate is taken over
+NOTHING = np.empty(0, dtype=np.int64)
 ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
 
 
@@ -49,33 +50,54 @@ class Roller:
         """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same."""
         self.step, self.calls, self.groups_made = step, 0, 0
 
-    def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live") -> list[Row]:
-        """Graded rollouts of each problem from the weights of a point, a new group number for each problem."""
+    def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live", *,
+                 prefixes: Sequence[np.ndarray] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
+        """Graded rollouts of each problem from the weights of a point. Each problem is a group with a new number, or
+        with its one of `numbers`. `prefixes`, one a rollout, are the first tokens of the answers, handed to the policy;
+        they count in the limit of new tokens, and the whole answer is graded."""
         size = group or self.config.rollout.group
         repeated = [problem for problem in problems for _ in range(size)]
-        requests = [Request(self.chat.prompt_ids(problem), (self.config.seed, self.step, self.calls, i))
-                    for i, problem in enumerate(repeated)]
+        given = prefixes if prefixes is not None else [NOTHING] * len(repeated)
+        prompts = [self.chat.prompt_ids(problem) for problem in repeated]
+        limit = self.sampling.max_new_tokens
+        requests = [Request(np.concatenate([prompt, prefix]), (self.config.seed, self.step, self.calls, i),
+                            max(0, limit - len(prefix)))
+                    for i, (prompt, prefix) in enumerate(zip(prompts, given, strict=True))]
         self.calls += 1
         with self.policy.at(at) as model:
             completions = self.engine.generate(model, requests, self.sampling, self.policy.ledger)
         self.policy.ledger.rollouts += len(completions)
-        texts = [self.chat.turn(c.ids) for c in completions]
-        grades = self.grader.grade(repeated, texts)
+        answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
+        rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)
+        before = [np.zeros(len(row.ids) - len(c.ids)) for row, c in zip(rows, completions, strict=True)]
+        return [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
+                for row, prefix, zeros, c in zip(rows, given, before, completions, strict=True)]
+
+    def experts(self, pairs: Sequence[tuple[Problem, Demo]], numbers: Sequence[int] | None = None) -> list[Row]:
+        """Demonstrations as graded members of a group: no token of them was drawn. Their point is `expert`."""
+        problems = [problem for problem, _ in pairs]
+        whole = [self.chat.demo_ids(problem, demo) for problem, demo in pairs]
+        prompts, answers = [ids[~own] for ids, own in whole], [ids[own] for ids, own in whole]
+        rows = self._graded(problems, prompts, answers, self._numbers(problems, 1, numbers), "expert")
+        return [replace(row, given=int(row.own.sum()), old_logps=np.zeros(len(row.ids))) for row in rows]
+
+    def _numbers(self, problems: Sequence[Problem], size: int, numbers: Sequence[int] | None) -> list[int]:
+        """The group of each row."""
+        if numbers is None:
+            numbers = range(self.groups_made, self.groups_made + len(problems))
+            self.groups_made += len(problems)
+        return [number for number in numbers for _ in range(size)]
+
+    def _graded(self, problems: Sequence[Problem], prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray],
+                numbers: Sequence[int], at: str) -> list[Row]:
+        texts = [self.chat.turn(answer) for answer in answers]
+        grades = self.grader.grade(problems, texts)
         self.recent.extend(grade.verdict is Verdict.ERROR for grade in grades)
         check_errors(sum(self.recent), len(self.recent), self.config, f"step {self.step + 1}", self.grader)
-        rows = [self._row(problem, request.prompt, completion, grade, text, self.groups_made + i // size, at)
-                for i, (problem, request, completion, grade, text)
-                in enumerate(zip(repeated, requests, completions, grades, texts, strict=True))]
-        self.groups_made += len(problems)
-        return rows
-
-    def _row(self, problem: Problem, prompt: np.ndarray, completion: Completion, grade: Grade, text: str,
-             group: int, at: str) -> Row:
-        ids = np.concatenate([prompt, completion.ids])
-        own = np.arange(len(ids)) >= len(prompt)
-        old = np.concatenate([np.zeros(len(prompt)), completion.logps])
-        return Row(ids, own, "rollout", problem, group, at, self.sampling.temperature, old, None, grade.reward,
-                   grade.verdict, completion.finished, text)
+        return [Row(ids := np.concatenate([prompt, answer]), np.arange(len(ids)) >= len(prompt), "rollout", problem,
+                    number, at, self.sampling.temperature, reward=grade.reward, verdict=grade.verdict, text=text)
+                for problem, prompt, answer, number, grade, text
+                in zip(problems, prompts, answers, numbers, grades, texts, strict=True)]
 
     def groups(self, data: Data) -> list[Row]:
         """The step's groups. With `rollout.refill`, those without spread are replaced by groups of further problems, as
@@ -109,8 +131,8 @@ def summary(rows: list[Row]) -> Metrics:
     return {"reward": float(np.mean([row.reward for row in graded])),
             "correct": float(np.mean([row.verdict is Verdict.CORRECT for row in graded])),
             "errors": 1 - len(graded) / len(live),
-            "length": float(np.mean([row.own.sum() for row in live])),
+            "length": float(np.mean([row.drawn.sum() for row in live])),
             "truncated": float(np.mean([not row.finished for row in live])),
             "flat_groups": 1 - sum(spread.values()) / max(1, len(spread)),
-            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.own] for row in live  # type: ignore[index]
+            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.drawn] for row in live  # type: ignore[index]
                                                       if row.old_logps is not None])))}

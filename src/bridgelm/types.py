@@ -94,7 +94,8 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A flat token sequence to train on. `own` marks the tokens its author wrote (there may be several segments)."""
+    """A flat token sequence to train on. `own` marks the tokens of the answer (there may be several segments). The
+    first `given` of a rollout's were handed to it by a demonstration: the policy drew the others."""
 
     ids: np.ndarray
     own: np.ndarray
@@ -103,17 +104,24 @@ class Row:
     group: int = -1
     at: str = "live"  # whose weights sampled it
     temperature: float = 1.0
-    old_logps: np.ndarray | None = None  # of the policy that sampled the row, at the row's temperature
+    given: int = 0
+    old_logps: np.ndarray | None = None  # of the policy that drew it, at the row's temperature; 0 on given tokens
     ref_logps: np.ndarray | None = None
+    teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
     reward: float = math.nan  # of a demonstration
     verdict: Verdict | None = None
     finished: bool = True
     text: str = ""
     streams: Mapping[str, Stream] = field(default_factory=dict)
 
+    @property
+    def drawn(self) -> np.ndarray:
+        """The tokens that a policy drew."""
+        return self.own & (self.own.cumsum() > self.given)
+
     def with_stream(self, name: str, weight: float | np.ndarray, norm: Norm = "token", constant: float = 1.0,
                     mask: np.ndarray | None = None) -> Row:
-        mask = self.own if mask is None else mask
+        mask = self.drawn if mask is None else mask
         weights = np.broadcast_to(np.asarray(weight, dtype=np.float64), mask.shape)
         return replace(self, streams={**self.streams, name: Stream(mask, weights, norm, constant)})
 
@@ -140,6 +148,8 @@ class Micro:
     own_BT: Tensor
     old_BT: Tensor
     ref_BT: Tensor
+    teacher_BT: Tensor  # 0 where it has nothing to say
+    taught_BT: Tensor  # True where it has
     temperature_B: Tensor
     weight: Mapping[str, Tensor]
     scale: Mapping[str, Tensor]

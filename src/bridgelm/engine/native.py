@@ -25,6 +25,7 @@ KEEP = 0.8  # rows are compacted when fewer than this share of them is still run
 class Request:
     prompt: np.ndarray
     seed: tuple[int, ...] = (0,)
+    room: int | None = None  # its own limit of new tokens, under the sampling's
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Engine:
         writers = [_Writer() for _ in requests]
         alive = list(range(len(requests)))  # the request of each row of the decoder
         running = list(alive)
+        rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
         eos = torch.tensor(sorted(self.eos_ids), device=device)
         for t in range(sampling.max_new_tokens):
             uniform = None
@@ -75,10 +77,10 @@ class Engine:
             ended = torch.isin(token_B, eos).tolist()
             for b, (token, raw, logp) in enumerate(zip(token_B.tolist(), raw_B.tolist(), logp_B.tolist(), strict=True)):
                 writer = writers[alive[b]]
-                if not writer.finished:
+                if not writer.finished and t < rooms[alive[b]]:
                     writer.add(token, raw, logp)
                     writer.finished = ended[b] or self._stopped(writer, sampling.stop)
-            running = [b for b, i in enumerate(alive) if not writers[i].finished]
+            running = [b for b, i in enumerate(alive) if not writers[i].finished and t + 1 < rooms[i]]
             if not running or t + 1 == sampling.max_new_tokens:
                 break
             if len(running) < KEEP * len(alive):

@@ -156,7 +156,7 @@ def shaped(logp_BT: Tensor, weight_BT: Tensor, shape: float) -> Tensor:
 def half_square(row: Row) -> np.ndarray:
     assert row.old_logps is not None
     assert row.ref_logps is not None
-    return 0.5 * (row.old_logps - row.ref_logps)[row.own] ** 2
+    return 0.5 * (row.old_logps - row.ref_logps)[row.drawn] ** 2
 
 
 def mean_rewards(rows: Sequence[Row]) -> dict[int, float]:

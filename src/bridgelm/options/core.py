@@ -1,30 +1,12 @@
-"""The options of every method, torch-free so that a recipe is checked in milliseconds. Sources of the defaults stand
-beside them; `docs/methods.md` says more."""
+"""The paper's baselines, BRIDGE, and our own variants of cooperation."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Strict(BaseModel):
-    """No unknown keys, no silent conversions, no later changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-
-
-class PolicyGradient(Strict):
-    """The RL term. Defaults: DAPO's clip range, token mean, no std and no KL (the repaired recipe of 2604.23747)."""
-
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Rate = 0.28
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # > 0 keeps a frozen copy of the start as reference (k3 estimator)
-    std: bool = False  # divide advantages by the group's own standard deviation (GRPO) or not (Dr. GRPO)
-    aggregate: Literal["token", "row", "constant"] = "token"  # DAPO / GRPO as published / Dr. GRPO
+from bridgelm.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict, Weight
 
 
 class SftOptions(Strict):
@@ -69,24 +51,6 @@ BRIDGE_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"shadow_step": "plain", "ratio": "clip", "rl": {"std": True}},
     "repaired": {"shadow_step": "shared_moments", "ratio": "truncate"},
 }
-
-
-class LowRank(Strict):
-    """w: theta + (alpha / rank) B A. The paper's rank 16, alpha 16 and lambda .5; beta: see docs/bridge.md."""
-
-    rl: PolicyGradient = PolicyGradient()
-    lam: Share = Field(default=0.5, alias="lambda")
-    beta: Rate | None = None  # rate of w; default: the rate of theta
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Rate = 16.0
-    modules: str = ""  # regular expression of the linear layers that carry w; empty: all of them
-
-
-class Shadowed(LowRank):
-    """A shadow that learns from the joint policy's rollouts by truncated token ratios."""
-
-    probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
-    ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio
 
 
 class BridgeOptions(Shadowed):
@@ -151,7 +115,7 @@ class BridgeDialOptions(Shadowed):
     leak: Share = 1 / 15
     eta: Annotated[float, Field(ge=0)] = 0.1  # most that logit(lambda) moves in a step
     limit: Rate = 4.0  # of |logit(lambda)|
-    scales: list[Annotated[float, Field(ge=0)]] = [0.0, 0.5, 1.0, 1.5]  # of theta - shadow, tried on validation
+    scales: list[Weight] = Field(default=[0.0, 0.5, 1.0, 1.5])  # of theta - shadow, tried on validation
 
 
 class BarrierOptions(Strict):
@@ -197,44 +161,3 @@ class GuideOptions(LowRank):
             raise ValueError("rl.kl_coef must be 0: half of the rollouts are the guide's, and the estimate of "
                              "KL(theta || start) needs theta's own; `kappa` is what holds the guide back")
         return self
-
-
-SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
-                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions)
-
-
-class Stage(Strict):
-    """One stage of a sequence, with a rate and optimisers of its own."""
-
-    method: Annotated[SingleOptions, Field(discriminator="name")]
-    steps: Annotated[int, Field(ge=1)] | None = None  # stages that leave it out share what is left equally
-    lr: Rate | None = None  # this and the next two: those of [optim] unless given
-    schedule: Literal["constant", "linear", "cosine"] | None = None
-    warmup: Share | None = None  # as a share of the stage's steps
-    fresh_optimiser: bool = True
-    fresh_reference: bool = True  # the KL reference is the start of the stage, not of the run
-
-
-# Cold start with the repaired SFT recipe of arXiv 2604.23747; its RL stage is that paper's with the defaults of `grpo`
-# and of [optim]. The paper gives SFT three epochs: the length of the stage is the user's to set.
-COLD_START = [Stage(method=SftOptions(), lr=5e-5, schedule="cosine", warmup=0.1), Stage(method=GrpoOptions())]
-
-
-class SequenceOptions(Strict):
-    """Stages one after the other; without any, cold start: `sft`, then `grpo`."""
-
-    name: Literal["sequence"] = "sequence"
-    stages: Annotated[list[Stage], Field(min_length=1)] = COLD_START
-
-    @model_validator(mode="after")
-    def _kept_references_come_first(self) -> SequenceOptions:
-        """A fresh stage drops the older reference, so that a later one has nothing to keep."""
-        kept = [i for i, stage in enumerate(self.stages) if not stage.fresh_reference]
-        fresh = next((i for i in range(1, max(kept, default=0)) if i not in kept), None)
-        if fresh is not None:
-            raise ValueError(f"stage {fresh} drops the reference that stage {max(kept)} would keep; set "
-                             f"fresh_reference = false in stage {fresh} too, or leave it out in stage {max(kept)}")
-        return self
-
-
-MethodOptions = SingleOptions | SequenceOptions

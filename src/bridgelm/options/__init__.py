@@ -1,0 +1,66 @@
+"""The options of every method, torch-free so that a recipe is checked in milliseconds. Sources of the defaults stand
+beside them; `docs/methods.md` says more."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bridgelm.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict
+from bridgelm.options.core import (
+    BRIDGE_PRESETS,
+    AlternateOptions,
+    BarrierOptions,
+    BridgeDialOptions,
+    BridgeLeakyOptions,
+    BridgeOptions,
+    GrpoOptions,
+    GuideOptions,
+    JointOptions,
+    SftOptions,
+    TokenLeadOptions,
+)
+
+__all__ = ["BRIDGE_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions", "Shadowed",
+           "Share", "SingleOptions", "Stage", "Strict"]
+
+SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
+                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions)
+
+
+class Stage(Strict):
+    """One stage of a sequence, with a rate and optimisers of its own."""
+
+    method: Annotated[SingleOptions, Field(discriminator="name")]
+    steps: Annotated[int, Field(ge=1)] | None = None  # stages that leave it out share what is left equally
+    lr: Rate | None = None  # this and the next two: those of [optim] unless given
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    warmup: Share | None = None  # as a share of the stage's steps
+    fresh_optimiser: bool = True
+    fresh_reference: bool = True  # the KL reference is the start of the stage, not of the run
+
+
+# Cold start with the repaired SFT recipe of arXiv 2604.23747; its RL stage is that paper's with the defaults of `grpo`
+# and of [optim]. The paper gives SFT three epochs: the length of the stage is the user's to set.
+COLD_START = [Stage(method=SftOptions(), lr=5e-5, schedule="cosine", warmup=0.1), Stage(method=GrpoOptions())]
+
+
+class SequenceOptions(Strict):
+    """Stages one after the other; without any, cold start: `sft`, then `grpo`."""
+
+    name: Literal["sequence"] = "sequence"
+    stages: Annotated[list[Stage], Field(min_length=1)] = COLD_START
+
+    @model_validator(mode="after")
+    def _kept_references_come_first(self) -> SequenceOptions:
+        """A fresh stage drops the older reference, so that a later one has nothing to keep."""
+        kept = [i for i, stage in enumerate(self.stages) if not stage.fresh_reference]
+        fresh = next((i for i in range(1, max(kept, default=0)) if i not in kept), None)
+        if fresh is not None:
+            raise ValueError(f"stage {fresh} drops the reference that stage {max(kept)} would keep; set "
+                             f"fresh_reference = false in stage {fresh} too, or leave it out in stage {max(kept)}")
+        return self
+
+
+MethodOptions = SingleOptions | SequenceOptions

@@ -1,0 +1,45 @@
+"""What options are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no later changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class PolicyGradient(Strict):
+    """The RL term. Defaults: DAPO's clip range, token mean, no std and no KL (the repaired recipe of 2604.23747)."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Rate = 0.28
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # > 0 keeps a frozen copy of the start as reference (k3 estimator)
+    std: bool = False  # divide advantages by the group's own standard deviation (GRPO) or not (Dr. GRPO)
+    aggregate: Literal["token", "row", "constant"] = "token"  # DAPO / GRPO as published / Dr. GRPO
+
+
+class LowRank(Strict):
+    """w is a low-rank term on the weights of theta."""
+
+    rl: PolicyGradient = PolicyGradient()
+    lam: Share = Field(default=0.5, alias="lambda")  # the paper's
+    beta: Rate | None = None  # rate of w; default: the rate of theta (docs/bridge.md)
+    rank: Annotated[int, Field(ge=1)] = 16  # the paper's
+    alpha: Rate = 16.0  # the paper's; w enters as theta + (alpha / rank) B A
+    modules: str = ""  # regular expression of the linear layers that carry w; empty: all of them
+
+
+class Shadowed(LowRank):
+    """A shadow that learns from the joint policy's rollouts by truncated token ratios."""
+
+    probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
+    ratio_cap: Rate = 2.0  # truncation of the shadow's token ratio
