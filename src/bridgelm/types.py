@@ -104,15 +104,15 @@ class Row:
     group: int = -1
     at: str = "live"  # whose weights sampled it
     temperature: float = 1.0
-    given: int = 0
     old_logps: np.ndarray | None = None  # of the policy that drew it, at the row's temperature; 0 on given tokens
     ref_logps: np.ndarray | None = None
-    teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
     reward: float = math.nan  # of a demonstration
     verdict: Verdict | None = None
     finished: bool = True
     text: str = ""
     streams: Mapping[str, Stream] = field(default_factory=dict)
+    given: int = 0
+    teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
 
     @property
     def drawn(self) -> np.ndarray:

@@ -119,7 +119,7 @@ def killed_in_update(run: Path, start: Callable[[], None], after: int) -> None:
 
 def killed_in_rollouts(run: Path, start: Callable[[], None]) -> None:
     def begin(self: Roller, step: int) -> None:
-        Roller._row = die if step == 2 else Roller._row  # type: ignore[method-assign,assignment]
+        Roller._graded = die if step == 2 else Roller._graded  # type: ignore[method-assign,assignment]
         if step == 2 and "sft" in self.config.method.name:
             die()
         old_begin(self, step)

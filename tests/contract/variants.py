@@ -34,6 +34,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "bridge_leaky with a reference": {**LEAKY, "leak": 0.3, "rl": {"kl_coef": 0.1}},
     "bridge_dial, row means": {**DIAL, "leak": 0.0, "rl": {"kl_coef": 0.1, "aggregate": "row", "std": True}},
     "token_lead with a memory": {"name": "token_lead", "memory": 0.5, "source": "difficulty", "rl": {"kl_coef": 0.1}},
+    "token_lead, gate": {"name": "token_lead", "weights": "whole", "mu": 0.3},
     "token_lead shuffled": {"name": "token_lead", "shuffled": True, "eta": 0.5},
     "bridge exclusive": {**BRIDGE, "exclusive": True, "modules": "mlp"},
     "bridge resync": {**BRIDGE, "resync_every": 1, "lambda_start": 0.9},

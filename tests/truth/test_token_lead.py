@@ -119,7 +119,8 @@ def watched(policy: Policy, method: Any, batch: Batch, step: int = 0) -> Seen:
     assert len(applied) == 1 and set(policy.groups) == {"theta", "reference", "lead"}
     weights = [(row.streams["nll"].weight / old.streams["nll"].weight)[row.own]
                for row, old in zip(batches[-1].rows, batch.rows) if row.kind == "demo"]
-    return Seen(before, weights, applied[0], metrics, len(scored), np.log(np.concatenate(weights)))
+    with np.errstate(divide="ignore"):  # a gate may be shut
+        return Seen(before, weights, applied[0], metrics, len(scored), np.log(np.concatenate(weights)))
 
 
 # -- the same by hand ------------------------------------------------------------------------------------------------
@@ -128,8 +129,8 @@ def watched(policy: Policy, method: Any, batch: Batch, step: int = 0) -> Seen:
 class ByHand:
     """Keeps v, Adam's second moments and each token's memory as equations (1) to (4) say; numbers of its own."""
 
-    def __init__(self, rows: list[Row], kl: float = 0.0, memory: float = 0.0) -> None:
-        self.rows, self.kl, self.keep = rows, kl, memory
+    def __init__(self, rows: list[Row], kl: float = 0.0, memory: float = 0.0, kind: str = "exp") -> None:
+        self.rows, self.kl, self.keep, self.kind = rows, kl, memory, kind
         self.demos = [row for row in rows if row.kind == "demo"]
         self.v: dict[str, Any] = {}
         self.square: dict[str, Any] = {}
@@ -163,6 +164,15 @@ class ByHand:
         if self.keep:
             self.memory = z if self.memory is None else self.keep * self.memory + (1 - self.keep) * z
             z = self.memory
+        if self.kind == "gate":
+            return np.array([1.0 if x > 0 else 0.0 for x in z])
+        if self.kind == "whole":
+            found, start = [], 0
+            for row in self.demos:
+                size = int(row.own.sum())
+                found += [1.0 if sum(z[start:start + size]) > 0 else 0.0] * size
+                start += size
+            return np.array(found)
         s = np.array([np.exp(ETA * min(max(x, -LIMIT), LIMIT)) for x in z])
         return s / s.mean()
 
@@ -184,6 +194,8 @@ CASES: dict[str, dict[str, Any]] = {
     "low-rank theta": {"lora": True},
     "with a reference": {"rl": {"kl_coef": 0.3}},
     "memory": {"memory": 0.6},
+    "gate": {"weights": "gate"},
+    "gate of whole demonstrations": {"weights": "whole", "memory": 0.6},
     "plain steps": {"optim": "sgd"},
 }
 
@@ -192,20 +204,22 @@ def check(module: Any, steps: int = 3, **options: Any) -> None:
     """Three real updates; the first has no moments yet, so that P is the identity there."""
     policy, method = fresh(module, **options)
     rows = rows_of()
-    hand = ByHand(rows, options.get("rl", {}).get("kl_coef", 0.0), options.get("memory", 0.0))
+    hand = ByHand(rows, options.get("rl", {}).get("kl_coef", 0.0), options.get("memory", 0.0),
+                  kind := options.get("weights", "exp"))
     for step in range(steps):
         if options.get("optim") == "sgd":
             hand.square = {}
         a = hand.alignments(policy)
         seen = watched(policy, method, make_batch(rows), step)
         s = np.concatenate(seen.weights)
-        assert abs(s.mean() - 1) < 1e-14, "weights do not have mean one"
+        assert kind != "exp" or abs(s.mean() - 1) < 1e-14, "weights do not have mean one"
         assert s == pytest.approx(hand.weights(a), rel=2e-4), f"weights of step {step}"
         size, z = np.sqrt(np.mean(a**2)), a / np.sqrt(np.mean(a**2))
         assert seen.metrics["lead/moved"] / seen.metrics["lead/step"] == pytest.approx(size, rel=1e-4), "size of a"
         assert seen.metrics["lead/mean"] == pytest.approx(z.mean(), abs=1e-4)
         assert seen.metrics["lead/share_negative"] == pytest.approx(np.mean(a < 0))
-        assert seen.metrics["lead/spread"] == pytest.approx(np.std(np.log(s)), rel=1e-12)
+        assert seen.metrics["lead/kept"] == np.mean(s > 0)
+        assert kind != "exp" or seen.metrics["lead/spread"] == pytest.approx(np.std(np.log(s)), rel=1e-12)
         ends = np.cumsum([0, *(row.own.sum() for row in hand.demos)])
         odd = np.concatenate([z[i:j] for row, i, j in zip(hand.demos, ends, ends[1:]) if row.problem.id == "p5"])
         assert seen.metrics.get("lead/source/odd") == pytest.approx(odd.mean(), abs=1e-4)
@@ -267,6 +281,21 @@ def test_wrong_versions_are_seen(name: str) -> None:
     mutant = mutate(token_lead_module, MUTANTS[name])
     with pytest.raises(AssertionError):
         check(mutant, 2)
+
+
+GATES: dict[str, tuple[str, Swaps]] = {
+    "gate turned round": ("gate", ((" > 0).astype", " < 0).astype"),)),
+    "gate of mean one": ("gate", ((" > 0).astype(np.float64)", " > 0) / mean(z > 0)"),)),
+    "gate by the whole": ("gate", (('if o.weights == "whole" else z)', "if True else z)"),)),
+    "whole by the token": ("whole", (('np.concatenate(parts) if o.weights == "whole" else z', "z"),)),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_wrong_gates_are_seen(name: str) -> None:
+    kind, swaps = GATES[name]
+    with pytest.raises(AssertionError):
+        check(mutate(token_lead_module, swaps), weights=kind)
 
 
 MEMORIES: dict[str, Swaps] = {

@@ -9,8 +9,9 @@ P is Adam's preconditioner before the step. a_it, the alignment of token t of de
 <grad log pi(y_it), P v> up to O(e^2): to first order, what reward gains when a step of Adam makes that token likelier.
 Two forward passes give it for all tokens. e is such that log-probs move by `move` (root mean square).
 
-At eta = 0 this is `joint`. The weights are on data, so that theta cannot undo them. The mean alignment of each
-demonstration, and of each source of demonstrations, is written to the run folder.
+`weights` = gate puts s = 1[a > 0], and `whole` the same by a's mean over the demonstration; neither is brought to mean
+one, so that there is less SFT where demonstrations hurt. At eta = 0 `exp` is `joint`. The weights are on data, so that
+theta cannot undo them. The mean alignment of each demonstration, and of each source, is written to the run folder.
 
 Our reading: the deviation that a is divided by is taken about zero, so that demonstrations which all help alike are
 weighted alike. `memory` uses a mean over the epochs in place of one step's noisy value.
@@ -91,8 +92,12 @@ class TokenLead(Method):
         sft.theta.clear()
         norm = policy.apply("theta", joint)                                                             # (4)
         if size:
-            here = np.concatenate([sft.logps[i][mask(rows[i])] for i in where])
-            found |= {"uneven": rms(middle - here) / size, "spread": float(np.std(np.log(weights)))}
+            # A demonstration without weight has no log-probs of the SFT pass.
+            bend = [part - sft.logps[i][mask(rows[i])] for i, part in zip(where, split(middle, demos), strict=True)
+                    if i in sft.logps]
+            found |= {"uneven": rms(np.concatenate([*bend, np.empty(0)])) / size, "kept": mean(weights > 0)}
+            if self.options.weights == "exp":
+                found["spread"] = float(np.std(np.log(weights)))
             found |= self.account(demos, z)
         self.watch(found)
         return {"grad_norm/theta": norm, "loss/nll": sft.losses["nll"], "loss/pg": rl.losses["pg"], "joint/mu": mu,
@@ -129,8 +134,12 @@ class TokenLead(Method):
         o = self.options
         if o.memory:
             z = self.remember(demos, z)
-        weights = np.exp(o.eta * np.clip(z, -o.limit, o.limit))
-        weights /= mean(weights)
+        if o.weights == "exp":
+            weights = np.exp(o.eta * np.clip(z, -o.limit, o.limit))
+            weights /= mean(weights)
+        else:
+            parts = [part.mean(keepdims=True).repeat(part.size) if part.size else part for part in split(z, demos)]
+            weights = ((np.concatenate(parts) if o.weights == "whole" else z) > 0).astype(np.float64)
         return np.random.default_rng([self.run.seed % 2**63, step]).permutation(weights) if o.shuffled else weights
 
     def remember(self, demos: list[Row], z: np.ndarray) -> np.ndarray:

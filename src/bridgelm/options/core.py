@@ -135,7 +135,10 @@ class TokenLeadOptions(Strict):
     name: Literal["token_lead"] = "token_lead"
     rl: PolicyGradient = PolicyGradient()
     mu: Annotated[float, Field(ge=0)] = 1.0  # J_RL + mu J_SFT, divided by 1 + mu, as in `joint`
-    eta: Annotated[float, Field(ge=0)] = 1.0  # weight exp(eta a / deviation of a); 0 is `joint`
+    # `exp`: exp(eta a / rms(a)), mean one. `gate`: 1 where a > 0, else 0. `whole`: the same by a's mean over the
+    # demonstration. Gates are not brought to mean one: where demonstrations hurt, there is less of them.
+    weights: Literal["exp", "gate", "whole"] = "exp"
+    eta: Annotated[float, Field(ge=0)] = 1.0  # of `exp`; 0 is `joint`
     limit: Rate = 3.0  # of |a| in deviations
     decay: Share = 0.9  # of the running mean of RL's gradient that is looked ahead along
     move: Rate = 0.1  # root mean square change of a token's log-prob by the look ahead
