@@ -89,6 +89,30 @@ GRID: dict[str, list[Setting]] = {
 ENVELOPE = [method("joint", 5e-4, mu=1.0), method("joint", 5e-4, mu=0.3), method("joint", 1e-3, mu=0.01),
             method("joint", 1e-3, mu=3.0, mu_end=0.0, schedule="linear"),
             method("joint", 5e-4, mu=1.0, mu_end=0.0, schedule="linear")]
+# What the logs of tuning and screening suggested, all with a short SFT stage in front but the gates.
+SFT_STAGE = {"method": {"name": "sft"}, "steps": 100, "lr": 1e-3}
+
+
+def after_sft(lr: float, **inner: Any) -> Setting:
+    return {"method": {"name": "sequence", "stages": [SFT_STAGE, {"method": inner}]}, "lr": lr, "steps": 100 + STEPS}
+
+
+IMPROVE: dict[str, Setting] = {
+    "sft_joint": after_sft(8e-4, name="joint", mu=0.03),
+    "sft_dial": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, **{"lambda": 0.91}),
+    "sft_barrier": after_sft(8e-4, name="barrier", eta=16.0),
+    "sft_gate": after_sft(8e-4, name="token_lead", mu=0.1, weights="gate", source="wrong_demos"),
+    "gate": method("token_lead", 1e-3, mu=0.1, weights="gate", source="wrong_demos"),
+    "whole": method("token_lead", 1e-3, mu=0.1, weights="whole", memory=0.8, source="wrong_demos"),
+}
+# BRIDGE's third term and its placebos at BRIDGE's own setting, and what else a variant's gain could come from.
+CONTROLS: dict[str, Setting] = {
+    **{f"bridge_{third}": method("bridge", 1e-3, beta=2e-4, third=third, **{"lambda": 0.97})
+       for third in ("rl", "sft", "frozen", "noise", "permuted")},
+    "dial_fixed": method("bridge_dial", 1e-3, beta=2e-4, eta=0.0, scales=[1.0], **{"lambda": 0.91}),
+    "barrier_joint": method("joint", 1e-3, mu=1 / 16),
+    "token_lead_shuffled": method("token_lead", 1e-3, mu=0.03, eta=1.0, shuffled=True, source="wrong_demos"),
+}
 NO_DEMOS = {"grpo"}  # the same run whether demonstrations are right or wrong: trained once, its row stands for both
 
 
@@ -138,7 +162,11 @@ def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
 
 
 def settings_of(phase: str) -> dict[str, Setting]:
-    return json.loads(CHOSEN.read_text())[phase if phase in {"controls", "improve", "reconfirm"} else "main"]
+    """Tuned settings; of the later phases those above, and joint's envelope as labels of its own."""
+    if phase in {"controls", "improve"}:
+        return {"controls": CONTROLS, "improve": IMPROVE}[phase]
+    chosen = json.loads(CHOSEN.read_text())
+    return chosen["main"] | ({} if phase == "screen" else IMPROVE)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
