@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pilot import REGIMES, RESULTS, late, rows
+from pilot import ENVELOPE, GRID, REGIMES, RESULTS, late, rows
 
 from bridgelm.report_plots import PALETTE
 from bridgelm.stats import Estimate, at_budget, equivalence, holm, mean_height, mean_interval, paired_difference
@@ -153,8 +153,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(f"| {label} | {100 * worst['value']:.1f} [{100 * worst['low']:.1f}, {100 * worst['high']:.1f}] | "
                      + " | ".join(percent(one["cells"][place]["final"]) for place in places)
                      + f" | {100 * one['mean']:.1f} | {one['flops']:.2f}x | {one['cpu_seconds']:.0f} |")
-    lines += ["", f"At the FLOPs of `{found['base']}` (validation, last look within the budget), the mean height of the "
-              "validation curve over rollouts, and the hard tier at the end:", "",
+    lines += ["", f"At the FLOPs of `{found['base']}` (validation, last look within the budget), the mean height of "
+              "the validation curve over rollouts, and the hard tier at the end:", "",
               "| method | " + " | ".join(f"{place}: at FLOPs, height, hard" for place in places) + " |",
               "|---|" + "---:|" * len(places)]
     for label in order:
@@ -163,9 +163,12 @@ def markdown(found: Mapping[str, Any]) -> str:
             ", ".join(f"{100 * one[key]['value']:.1f}" for key in ("at_flops", "height", "hard"))
             for one in of_label) + " |")
     lines += ["", "Paired differences in points (Holm over the rows of each kind; equal: two one-sided tests at "
-              f"{100 * MARGIN:.1f} points):", "", "| method | against | where | difference | p (Holm) | p (equal) |", "|---|---|---|---:|---:|---:|"]
+              f"{100 * MARGIN:.1f} points):", "",
+              "| method | against | where | difference | p (Holm) | p (equal) |", "|---|---|---|---:|---:|---:|"]
     for one in found["contrasts"]:
-        if one["where"] == "mean of the cells" or one["p_holm"] < 0.05 or (one["p_equal"] or 1) < 0.05:
+        if one["p_holm"] is None or one["p_equal"] is None:
+            continue
+        if one["where"] == "mean of the cells" or min(one["p_holm"], one["p_equal"]) < 0.05:
             lines.append(f"| {one['method']} | {one['against']} | {one['where']} | {100 * one['value']:+.1f} "
                          f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}] | {one['p_holm']:.3f} "
                          f"| {one['p_equal']:.3f} |")
@@ -173,6 +176,60 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
+
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pilot", "font.size": 9, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
+
+
+def save(figure: Any, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def mixtures(found: list[dict[str, Any]], folder: Path) -> None:
+    """Accuracy on validation against the weight of imitation, from the tuning runs at one rate."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tuned = [row for row in found if row["phase"] == "tune"]
+    share = {"joint": lambda o: 1 / (1 + o["mu"]), **dict.fromkeys(("bridge", "bridge_leaky", "bridge_dial"),
+                                                                  lambda o: o["lambda"])}
+    with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(9.6, 3.1), layout="constrained")
+        FigureCanvasAgg(figure)
+        for k, regime in enumerate(REGIMES):
+            axes = figure.add_subplot(1, 3, k + 1, sharey=figure.axes[0] if k else None)
+            here = [row for row in tuned if row["regime"] == regime]
+            for label, colour, mark in (("joint", 1, "o-"), ("bridge", 0, "s--"), ("bridge_leaky", 5, "v:"),
+                                        ("bridge_dial", 2, "D-.")):
+                points = []
+                for row in here:
+                    setting = (GRID["joint"] + ENVELOPE if label == "joint" else GRID[label])[row["setting"]] \
+                        if row["label"] == label else None
+                    plain = setting and setting["lr"] == 1e-3 and "mu_end" not in setting["method"] \
+                        and setting["method"].get("beta", 2e-4) == 2e-4 and setting["method"].get("eta", 0.1) == 0.1
+                    if setting and plain:
+                        points.append((1 - share[label](setting["method"]), 100 * late(row)))
+                points.sort()
+                if points:
+                    axes.plot(*zip(*points, strict=True), mark, color=PALETTE[colour], markersize=4, linewidth=1.4,
+                              label=label)
+            for label, dash, side in (("grpo", ":", "top"), ("cold_start", "-", "bottom")):
+                best = max((100 * late(row) for row in here if row["label"] == label), default=None)
+                if best is not None:
+                    axes.axhline(best, color="#555555", linestyle=dash, linewidth=1)
+                    axes.annotate(f"{label}, best setting", (0.98, best), xycoords=("axes fraction", "data"),
+                                  ha="right", va=side, fontsize=7, color="#555555")
+            axes.set_xscale("log")
+            axes.set_title(regime, loc="left", fontsize=10, fontweight="bold")
+            axes.set_xlabel("share of imitation in the step, 1 - lambda")
+            if k == 0:
+                axes.set_ylabel("accuracy on validation, %")
+                axes.legend(fontsize=7, frameon=False, loc="lower left")
+        save(figure, folder, "mixtures")
+
 
 def figures(found: Mapping[str, Any], folder: Path) -> None:
     """Accuracy by regime, one dot a method, sorted by worst-case regret."""
@@ -183,9 +240,7 @@ def figures(found: Mapping[str, Any], folder: Path) -> None:
     table = found["table"]
     places = list(next(iter(table.values()))["cells"])
     order = sorted(table, key=lambda label: -table[label]["worst_regret"]["value"])
-    style = {"svg.fonttype": "none", "svg.hashsalt": "pilot", "font.size": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
-    with mpl.rc_context(style):  # pyright: ignore[reportArgumentType]
+    with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(2.3 * (len(places) + 1) + 1, 0.3 * len(order) + 1.1), layout="constrained")
         FigureCanvasAgg(figure)
         first = None
@@ -203,13 +258,12 @@ def figures(found: Mapping[str, Any], folder: Path) -> None:
             axes.set_title("worst-case regret" if place is None else place.replace("/", ", "), fontsize=9,
                            fontweight="bold" if place is None else "normal", loc="left")
             axes.set_xlabel("points" if place is None else "test accuracy, %")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{found['phase']}.png", dpi=150)
-        figure.savefig(folder / f"{found['phase']}.svg", metadata={"Date": None})
+        save(figure, folder, found["phase"])
 
 
 def main() -> None:
     found = rows()
+    mixtures(found, RESULTS / "figures")
     for phase in dict.fromkeys(row["phase"] for row in found):
         if phase == "tune" or not (one := summary(phase, found)):
             continue
