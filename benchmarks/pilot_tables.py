@@ -1,21 +1,24 @@
 """Tables and figures of the pilot, from the rows in results/pilot/runs.jsonl and nothing else.
 
-    python benchmarks/pilot_tables.py       writes results/pilot/PHASE.json, PHASE.md and figures/
+    python benchmarks/pilot_tables.py [RUNS]    writes results/pilot/PHASE.json, PHASE.md, figures/, and the table of
+                                                docs/cooperation.md; with the folder of the runs also facts.json
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pilot import ENVELOPE, GRID, REGIMES, RESULTS, late, rows
+from pilot import ENVELOPE, GRID, REGIMES, RESULTS, STEPS, late, rows
 
 from bridgelm.report_plots import PALETTE
+from bridgelm.runs import Run
 from bridgelm.stats import Estimate, at_budget, equivalence, holm, mean_height, mean_interval, paired_difference
 
 MARGIN = 0.025
@@ -131,6 +134,14 @@ def contrasts(values: np.ndarray, labels: list[str], places: list[tuple[str, str
     return out
 
 
+def into_page(found: Mapping[str, Any]) -> None:
+    """The first table of a phase into docs/cooperation.md."""
+    page, begin, end = RESULTS.parents[1] / "docs" / "cooperation.md", "<!-- pilot:begin -->", "<!-- pilot:end -->"
+    before, rest = page.read_text().split(begin)
+    table = markdown(found).split("\nAt the FLOPs of")[0].strip()
+    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+
+
 # -- Markdown ------------------------------------------------------------------------------------------------------
 
 def percent(found: Mapping[str, float | None]) -> str:
@@ -173,6 +184,71 @@ def markdown(found: Mapping[str, Any]) -> str:
                          f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}] | {one['p_holm']:.3f} "
                          f"| {one['p_equal']:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+# -- what only the run folders know ------------------------------------------------------------------------------------
+
+WATCH = {"agreement": ("bridge_leaky", "bridge/agreement"), "lambda": ("bridge_dial", "dial/lambda"),
+         "share_of_guide": ("guide", "guide/share"), "gain_of_guide": ("guide", "guide/gain_mean")}
+
+
+def facts(runs: Path) -> dict[str, Any]:
+    """What the rows leave out: the shadow beside RL alone, agreement of half-batches, lambda's way, alignments."""
+    found: dict[str, Any] = {"shadow": shadow_facts(runs)}
+    for key, (label, metric) in WATCH.items():
+        for regime in REGIMES:
+            series = [Run(path).series(metric) for path in sorted(runs.glob(f"screen-{label}-*-hops-{regime}-*/"))]
+            series = [one for one in series if len(one) == STEPS]
+            if series:
+                curve = np.array([[value for _, value in one] for one in series]).mean(0).round(4).tolist()
+                found.setdefault(key, {})[regime] = {"runs": len(series), "every_tenth_step": curve[::10],
+                                                     "mean": statistics.fmean(curve), "end": curve[-1]}
+    tables = [row for path in sorted(runs.glob("screen-token_lead-*-hops-misleading-*/tables/sources.jsonl"))
+              for row in map(json.loads, path.read_text().splitlines())]
+    found["alignment"] = {name: [row["alignment"] for row in tables if row["source"] == source]
+                          for source, name in (("True", "wrong"), ("False", "right"))}
+    return found
+
+
+def shadow_facts(runs: Path) -> dict[str, dict[str, float]]:
+    """Mean reward of the shadow's own rollouts, and of RL alone, on the same problems at the same steps and rate."""
+    out: dict[str, dict[str, float]] = {}
+    for label in ("bridge", "bridge_leaky"):
+        for path in sorted(runs.glob(f"tune-{label}-*-hops-redundant-100/")):
+            run = Run(path)
+            if run.status == "finished" and run.config["optim"]["lr"] == 1e-3 and run.config["method"]["beta"] == 2e-4:
+                rewards = dict(run.series("reward"))
+                out[f"{label}, lambda {run.config['method']['lambda']}"] = {
+                    str(step): round(rewards[step] - gain, 4) for step, gain in run.series("bridge/gain_honest")}
+    steps = [int(step) for step in next(iter(out.values()), {})]
+    for path in runs.glob("tune-grpo-*-hops-redundant-100/"):
+        if Run(path).config["optim"]["lr"] == 1e-3:
+            rewards = dict(Run(path).series("reward"))
+            out["RL alone"] = {str(step): round(rewards[step], 4) for step in steps}
+    return out
+
+
+def shadows(found: Mapping[str, Mapping[str, float]], folder: Path) -> None:
+    """The shadow's own reward beside that of RL alone."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(1, 1, 1)
+        for name, points in sorted(found.items()):
+            colour = "#222222" if name == "RL alone" else PALETTE[2] if "leaky" in name else PALETTE[0]
+            steps = [int(step) for step in points]
+            axes.plot(steps, list(points.values()), color=colour, linewidth=2.2 if name == "RL alone" else 1.2)
+        for text, colour in (("RL alone", "#222222"), ("shadow of bridge_leaky, by lambda", PALETTE[2]),
+                             ("shadow of bridge, by lambda", PALETTE[0])):
+            axes.plot([], [], color=colour, label=text)
+        axes.set_xlabel("step")
+        axes.set_ylabel("mean reward of its own rollouts")
+        axes.legend(fontsize=7, frameon=False)
+        save(figure, folder, "shadows")
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -262,6 +338,10 @@ def figures(found: Mapping[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        (RESULTS / "facts.json").write_text(json.dumps(facts(Path(sys.argv[1])), indent=1) + "\n")
+    if (RESULTS / "facts.json").exists():
+        shadows(json.loads((RESULTS / "facts.json").read_text())["shadow"], RESULTS / "figures")
     found = rows()
     mixtures(found, RESULTS / "figures")
     for phase in dict.fromkeys(row["phase"] for row in found):
@@ -270,6 +350,7 @@ def main() -> None:
         (RESULTS / f"{phase}.json").write_text(json.dumps(one, indent=1) + "\n")
         (RESULTS / f"{phase}.md").write_text(markdown(one))
         figures(one, RESULTS / "figures")
+        into_page(one)  # the latest phase stays
         print(markdown(one))
 
 
