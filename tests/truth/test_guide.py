@@ -645,7 +645,7 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
     "failed grades lead": ((("used = row.verdict is not Verdict.ERROR and ", "used = "),), "gain_over_problems"),
     "deviation without ddof": (((".std(ddof=1)", ".std()"),), "gain_over_problems"),
     "deviation is no error": (((" / math.sqrt(len(gains))", ""),), "gain_over_problems"),
-    "KL of the wrong tokens": (((")[row.own] ** 2", ") ** 2"),), "gain_over_problems"),
+    "KL of the wrong tokens": (((")[row.drawn] ** 2", ") ** 2"),), "gain_over_problems"),
     # (4)
     "no warm-up": ((("step < self.options.warmup", "step < 0"),), "annealing"),
     "warm-up a step longer": ((("step < self.options.warmup", "step <= self.options.warmup"),), "annealing"),
