@@ -10,7 +10,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
-	@echo "make learn  every toy recipe learns (about 5 minutes; writes results/learn.json)"
+	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
 

@@ -65,6 +65,20 @@ def needs(name: str) -> frozenset[str]:
     return frozenset()
 
 
+def form(name: str) -> dict[str, str]:
+    """The method's `form` (methods/base.py), read from its class without importing it."""
+    calls = (node.value for node in ast.walk(_module(name)) if isinstance(node, ast.Assign)
+             and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "form")
+    return {str(k.arg): ast.literal_eval(k.value) for call in calls if isinstance(call, ast.Call)
+            for k in call.keywords}
+
+
+def tier(name: str) -> str:
+    """checked, derived or experimental (methods/base.py)."""
+    return next((ast.literal_eval(node.value) for node in ast.walk(_module(name)) if isinstance(node, ast.Assign)
+                 and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "tier"), "")
+
+
 def remedy(need: str) -> str:
     """How to meet a need, in the words of the contract (`NEEDS` of methods/base.py)."""
     for node in _module("base").body:
@@ -153,7 +167,7 @@ def option_rows(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
 def describe(name: str) -> str:
     """The page of `bridgelm show NAME`."""
     model = find(name)
-    lines = [f"{name}", "=" * len(name), "", docstring(name) or "(no description)", ""]
+    lines = [f"{name}", "=" * len(name), "", docstring(name) or "(no description)", "", f"Tier: {tier(name)}"]
     wanted = ", ".join(sorted(needs(name))) or "nothing beyond problems and a reward"
     lines += [f"Needs of the data: {wanted}", ""]
     if model.__doc__ and model.__doc__ != BaseModel.__doc__:
@@ -175,11 +189,29 @@ def describe(name: str) -> str:
     return "\n".join(lines).rstrip()
 
 
+def summary(name: str) -> str:
+    return " ".join(docstring(name).partition("\n\n")[0].split()) or "(no description)"
+
+
 def overview() -> str:
     """The table of `bridgelm methods`."""
+    wide = max(map(len, option_classes()))
     lines = []
     for name in option_classes():
-        summary = " ".join(docstring(name).partition("\n\n")[0].split()) or "(no description)"
         wanted = ", ".join(sorted(needs(name)))
-        lines.append(f"{name:<10} {summary}" + (f" [needs {wanted}]" if wanted else ""))
+        lines.append(f"{name:<{wide}}  {tier(name):<12}  {summary(name)}" + (f" [needs {wanted}]" if wanted else ""))
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """All methods in their common form, for docs/methods.md."""
+    head = ["method", "tier", "data of a step", "weight of a demo's token", "weight of a drawn token", "controller",
+            "further models", "needs"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in option_classes():
+        own = form(name)
+        cells = [f"[`{name}`](methods/{name}.md)", tier(name),
+                 *(own[key].replace("|", "\\|") for key in ("data", "demo", "rollout", "controller", "models")),
+                 ", ".join(sorted(needs(name))) or "-"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

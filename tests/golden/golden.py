@@ -22,7 +22,7 @@ from bridgelm.types import Completion
 from tiny import open_session, raw_config
 
 FOLDER = Path(__file__).parent
-ROLLOUTS, TRAJECTORIES = FOLDER / "rollouts.json", FOLDER / "trajectories.json"
+ROLLOUTS, TRAJECTORIES = FOLDER / "rollouts.json", FOLDER / "trajectories"
 STEPS = 3
 BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0}
 METHODS: dict[str, dict[str, Any]] = {

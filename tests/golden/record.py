@@ -1,5 +1,5 @@
-"""Rewrites the golden files: `python tests/golden/record.py [--rollouts]`. Look at the difference before committing it:
-a trajectory that moved is a method that changed, and belongs in the changelog.
+"""Rewrites the golden files: `python tests/golden/record.py [--rollouts] [NAME ...]`. Look at the difference before
+committing it: a trajectory that moved is a method that changed, and belongs in the changelog.
 
 Without `--rollouts` the recorded completions stay, and only the trajectories on them are written again.
 """
@@ -36,10 +36,11 @@ def main() -> None:
     if "--rollouts" in sys.argv or not golden.ROLLOUTS.exists():
         record_rollouts()
     completions = golden.load(golden.ROLLOUTS)
-    found = {name: golden.run(method, completions) for name, method in golden.METHODS.items()}
-    golden.TRAJECTORIES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for path in (golden.ROLLOUTS, golden.TRAJECTORIES):
-        print(f"{path}: {path.stat().st_size} bytes")
+    wanted = [name for name in sys.argv[1:] if not name.startswith("-")] or list(golden.METHODS)
+    golden.TRAJECTORIES.mkdir(exist_ok=True)
+    for name in wanted:
+        found = golden.run(golden.METHODS[name], completions)
+        (golden.TRAJECTORIES / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every toy recipe learns, which no unit test can show. `make learn` runs this and writes results/learn.json."""
+"""Every toy recipe learns, which no unit test can show. `make learn` runs this and writes results/learn/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridgelm.config import load_config
 from bridgelm.metrics import git_commit, versions
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "results" / "learn.json"
+RESULTS = ROOT / "results" / "learn"
 RECIPES = sorted((ROOT / "recipes" / "toy").glob("*.toml"))
 GAIN = 0.10  # over the base on the validation set, by the end
 
@@ -38,8 +38,7 @@ def test_learns(recipe: Path, tmp_path: Path) -> None:
 
 
 def record(name: str, found: dict[str, float]) -> None:
-    old = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    recipes = {**old.get("recipes", {}), name: found}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
-                                  "command": "make learn", "recipes": dict(sorted(recipes.items()))}, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    facts = {**found, "date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
+             "command": "make learn"}
+    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")

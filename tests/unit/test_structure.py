@@ -1,6 +1,7 @@
 """The shape of the code: import order, sizes, the five places of a method, and the frozen public surface.
 
-After a change that is meant, `python tests/unit/test_structure.py` writes the surface anew; review its diff.
+After a change that is meant, `python tests/unit/test_structure.py` writes the surface and the table of docs/methods.md
+anew; review the diff.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ import bridgelm
 from bridgelm import methods_info
 from bridgelm.cli import build_parser
 from bridgelm.config import RunConfig, _models
+from bridgelm.methods.base import Form, Tier
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "bridgelm"
 SURFACE = Path(__file__).with_name("surface.json")
+DOCS = ROOT / "docs" / "methods.md"
 FILES = sorted(SRC.rglob("*.py"))
 
 # A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
@@ -145,8 +150,8 @@ def test_five_places(name: str) -> None:
     assert re.search(rf"@final\s+class {registry()[name]}\(", text), "and the class is final"
     recipes = [tomllib.loads(path.read_text()) for path in (ROOT / "recipes" / "toy").glob("*.toml")]
     assert any(recipe["method"]["name"] == name for recipe in recipes), "3. a recipe in recipes/toy"
-    docs = (ROOT / "docs" / "methods.md").read_text()
-    assert re.search(rf"^\|\s*\[?`{name}`", docs, re.MULTILINE), f"4. a row | `{name}` | ... in docs/methods.md"
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    assert page.is_file() and "**Trap**" in page.read_text(), f"4. a page {page.name} in docs/methods, with its trap"
     used = set().union(*(_imported(path) for path in (ROOT / "tests").rglob("*.py")))
     assert f"bridgelm.methods.{name}" in used, f"5. a test of its equation, which imports bridgelm.methods.{name}"
 
@@ -161,14 +166,26 @@ def test_every_method_says_its_equation_and_its_trap(name: str) -> None:
     text = methods_info.docstring(name)
     assert len(text.splitlines()[0]) < 120, "a first line that fits a table"
     assert "Trap" in text, "each method names the trap that its users fall into"
+    assert methods_info.tier(name) in typing.get_args(Tier), "and how far it can be trusted"
+    assert set(methods_info.form(name)) == {field.name for field in fields(Form)}, "and its form"
 
 
-def test_toy_recipes_differ_in_method_steps_and_rate_alone() -> None:
+def test_the_table_of_the_methods_is_that_of_the_code() -> None:
+    assert with_table(DOCS.read_text()) == DOCS.read_text(), "python tests/unit/test_structure.py writes it"
+
+
+def with_table(text: str) -> str:
+    return re.sub(r"(<!-- methods:begin -->\n).*(<!-- methods:end -->)",
+                  lambda found: f"{found[1]}{methods_info.table()}\n{found[2]}", text, flags=re.DOTALL)
+
+
+def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
     recipes = {path.stem: tomllib.loads(path.read_text()) for path in (ROOT / "recipes" / "toy").glob("*.toml")}
     assert recipes
     own = {"name", "method", "steps"}
     shared = {name: {key: value for key, value in recipe.items() if key not in own}
-              | {"optim": {key: value for key, value in recipe["optim"].items() if key != "lr"}}
+              | {"optim": {key: value for key, value in recipe["optim"].items() if key != "lr"},
+                 "data": recipe["data"] | {"toy": recipe["data"]["toy"] | {"layout": "either"}}}
               for name, recipe in recipes.items()}
     rolls = {name: recipe["steps"] - sum(s.get("steps", 0) for s in recipe["method"].get("stages", []))
              for name, recipe in recipes.items() if name != "sft"}
@@ -231,3 +248,4 @@ def test_a_module_does_not_hide_the_function_of_its_name(name: str) -> None:
 
 if __name__ == "__main__":
     SURFACE.write_text(json.dumps(surface(), indent=1) + "\n")
+    DOCS.write_text(with_table(DOCS.read_text()))

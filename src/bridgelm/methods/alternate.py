@@ -16,7 +16,7 @@ from typing import final
 from torch import Tensor
 
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -24,6 +24,9 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 @final
 class Alternate(Method):
+    tier = "derived"
+    form = Form(data="rollouts, then demos", demo="1", rollout="PPO", controller="one after the other",
+                models="none")
     needs = frozenset({"demos"})
 
     def setup(self, policy: Policy) -> None:

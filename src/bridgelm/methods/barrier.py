@@ -33,7 +33,7 @@ from bridgelm import batching, dist, grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
-from bridgelm.methods.base import Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy, Terms
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
@@ -43,6 +43,9 @@ SUMS = ("c", "n_sft", "n_rl", "n_rl_squared", "weight", "weight_squared")
 
 @final
 class Barrier(Method):
+    tier = "experimental"
+    form = Form(data="rollouts + demos", demo="1/(1 + eta)", rollout="nu PPO/(1 + eta)",
+                controller="nu from <g_SFT, g_RL> and two half-batches", models="none")
     needs = frozenset({"demos"})
 
     def __init__(self, options: Any, run: RunConfig) -> None:

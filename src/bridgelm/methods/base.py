@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,9 +26,29 @@ NEEDS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A method in the form that all of them share: grad L = - sum of weight x grad log pi over the tokens of its data.
+    The table of docs/methods.md is made of it; PPO is the clipped A rho, PG the unclipped one."""
+
+    data: str  # which rows exist in a step
+    demo: str  # weight of a token that a demonstration gave
+    rollout: str  # weight of a token that the policy drew
+    controller: str  # what moves those weights, or the data, over the run
+    models: str  # beside the policy
+
+
+# How far a method can be trusted to be what its source describes. checked: formulas and masks agree with official code
+# or an independent implementation on fixed tensors. derived: built from its published equations, or from notes on them.
+# experimental: ours.
+Tier = Literal["checked", "derived", "experimental"]
+
+
 class Method(ABC):
     """Abstract; every subclass is final. Methods share functions, never a parent's code."""
 
+    tier: ClassVar[Tier]
+    form: ClassVar[Form]
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Any, run: RunConfig) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor
 from bridgelm import cooperation, credit, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.methods.shadow import OF_SHADOW, copy_streams, rename, shares
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
@@ -54,6 +54,9 @@ PATIENCE = 50  # steps without a third term before saying so
 
 @final
 class Bridge(Method):
+    tier = "derived"
+    form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
+                controller="lambda constant or linear", models="shadow, low-rank w")
     needs = frozenset({"demos"})
 
     def __init__(self, options: Any, run: RunConfig) -> None:

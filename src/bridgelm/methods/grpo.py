@@ -17,7 +17,7 @@ from typing import final
 from torch import Tensor
 
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, descend, rl_coef, rl_rows, rl_setup, rl_terms
+from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -25,6 +25,9 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 @final
 class Grpo(Method):
+    tier = "checked"
+    form = Form(data="rollouts", demo="0", rollout="PPO (.2/.28)", controller="none",
+                models="none; reference with rl.kl_coef")
     def setup(self, policy: Policy) -> None:
         rl_setup(policy, self.options.rl)
         policy.optimiser("theta")

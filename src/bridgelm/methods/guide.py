@@ -36,7 +36,7 @@ from bridgelm import credit, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
-from bridgelm.methods.base import Method, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
@@ -44,6 +44,10 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 @final
 class Guide(Method):
+    tier = "experimental"
+    form = Form(data="rollouts of theta and of theta + w; demos for w", demo="0; w: 1 - lambda",
+                rollout="PPO; guided: A .1p/(p + .1)^2", controller="guide's share by its gain",
+                models="low-rank w, removed")
     needs = frozenset({"demos"})
 
     def __init__(self, options: Any, run: RunConfig) -> None:

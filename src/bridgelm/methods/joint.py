@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridgelm import credit
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -24,6 +24,9 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 @final
 class Joint(Method):
+    tier = "derived"
+    form = Form(data="rollouts + demos", demo="mu/(1 + mu)", rollout="PPO/(1 + mu)",
+                controller="mu constant, linear or cosine", models="none")
     needs = frozenset({"demos"})
 
     def setup(self, policy: Policy) -> None:

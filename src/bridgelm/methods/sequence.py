@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridgelm.config import RunConfig, stage_steps
 from bridgelm.data import Data
-from bridgelm.methods.base import Method
+from bridgelm.methods.base import Form, Method
 from bridgelm.options import SequenceOptions
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -25,6 +25,9 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 @final
 class Sequence(Method):
+    tier = "checked"
+    form = Form(data="its stages'", demo="its stages'", rollout="its stages'", controller="stage switch",
+                models="its stages'")
     def __init__(self, options: SequenceOptions, run: RunConfig) -> None:
         super().__init__(options, run)
         self.lengths = stage_steps(options, run.steps)

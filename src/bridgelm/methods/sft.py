@@ -15,7 +15,7 @@ from typing import final
 from torch import Tensor
 
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, descend, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, descend, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -23,6 +23,8 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 @final
 class Sft(Method):
+    tier = "checked"
+    form = Form(data="demos", demo="1", rollout="0", controller="none", models="none")
     needs = frozenset({"demos"})
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:

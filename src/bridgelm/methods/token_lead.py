@@ -34,7 +34,7 @@ from torch import Tensor
 from bridgelm import dist, grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -48,6 +48,10 @@ TEXT = 120  # characters of a demonstration that are kept for the report
 
 @final
 class TokenLead(Method):
+    tier = "experimental"
+    form = Form(data="rollouts + demos", demo="mu s/(1 + mu), s = exp(eta alignment), mean 1",
+                rollout="PPO/(1 + mu)", controller="s by two looks ahead along RL's gradient",
+                models="mean RL gradient")
     needs = frozenset({"demos"})
 
     def __init__(self, options: Any, run: RunConfig) -> None:
