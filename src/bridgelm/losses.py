@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
 def nll(logp_BT: Tensor, weight_BT: Tensor) -> Tensor:
     return -weight_BT * logp_BT
+
+
+def prob_weight(logp_BT: Tensor, alpha: float = 1.0) -> Tensor:
+    """min(1, sg(p) / alpha), a weight for a token's NLL by its own probability: at alpha = 1 it is p, and alpha -> 0
+    leaves the NLL as it is. By logarithms, so that no small p or alpha underflows."""
+    return (logp_BT.detach() - math.log(alpha)).clamp(max=0.0).exp()
 
 
 def pg_clip(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, low: float, high: float) -> Tensor:

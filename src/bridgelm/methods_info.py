@@ -93,6 +93,11 @@ def parts(method: BaseModel) -> list[BaseModel]:
     return [stage.method for stage in stages] if stages is not None else [method]
 
 
+def samples(part: BaseModel) -> bool:
+    """Whether a configured plain method draws answers to train on: it has a table `rl`, or it says so itself."""
+    return bool(getattr(part, "samples", hasattr(part, "rl")))
+
+
 def needs_of(method: BaseModel) -> frozenset[str]:
     """What a configured method needs of the data, its stages included."""
     return frozenset(need for part in (method, *parts(method)) for need in needs(typing.cast(Any, part).name))

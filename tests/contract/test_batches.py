@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from bridgelm import batching, grads, training
+from bridgelm import batching, grads, methods_info, training
 from bridgelm.batching import make_batch
 from bridgelm.config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import METHODS
+from bridgelm.options import MethodOptions
 from bridgelm.types import Grade, Live, Micro, Row, Verdict
 
 from .limits import LIMITS
@@ -166,7 +168,9 @@ class Constant:
         pass
 
 
-FLAT = {name: method for name, method in VARIANTS.items() if name not in ("sft", "sft, low-rank theta")}
+OPTIONS: TypeAdapter[Any] = TypeAdapter(MethodOptions)
+FLAT = {name: method for name, method in VARIANTS.items()
+        if any(methods_info.samples(part) for part in methods_info.parts(OPTIONS.validate_python(method)))}
 
 
 @pytest.fixture

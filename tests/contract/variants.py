@@ -22,6 +22,7 @@ METHOD: dict[str, dict[str, Any]] = {
     "sequence": {"name": "sequence", "stages": SFT_THEN_GRPO},
     "token_lead": {"name": "token_lead", "mu": 0.5},
     "guide": GUIDE,
+    "dft": {"name": "dft"},
 }
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
@@ -46,6 +47,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "bridge then joint": {"name": "sequence", "stages": [
         {"method": {**BRIDGE, "exclusive": True, "modules": "mlp", "rl": {"kl_coef": 0.1}}, "steps": 2},
         {"method": {"name": "joint", "rl": {"kl_coef": 0.1}}, "fresh_optimiser": False, "fresh_reference": False}]},
+    "dft by the start, then grpo": {"name": "sequence", "stages": [
+        {"method": {"name": "dft", "weights_of": "reference"}, "steps": 2}, {"method": {"name": "grpo"}}]},
     "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
     "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
 }

@@ -40,9 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "barrier": {"name": "barrier"},
     "token_lead": {"name": "token_lead"},
     "guide": {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1},
+    "dft": {"name": "dft"},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
-        "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/",
+        "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
         "reward", "lr")
 
 

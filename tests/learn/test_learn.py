@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bridgelm
 from bridgelm.config import load_config
+from bridgelm.methods_info import parts
 from bridgelm.metrics import git_commit, versions
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +25,8 @@ pytestmark = pytest.mark.slow
 def test_every_method_has_a_recipe() -> None:
     from bridgelm.methods import METHODS
 
-    assert {load_config(path).method.name for path in RECIPES} == set(METHODS)
+    methods = [load_config(path).method for path in RECIPES]
+    assert {part.name for method in methods for part in (method, *parts(method))} == set(METHODS)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -31,13 +34,17 @@ def test_learns(recipe: Path, tmp_path: Path) -> None:
     run = bridgelm.train(load_config(recipe, [f"out={tmp_path}", "threads=1"]), quiet=True)
     evals = [event["accuracy"] for event in run.evals]
     assert run.result is not None
-    found = {"base": evals[0], "last": evals[-1], "best": max(evals), "test": run.result["final"]["accuracy"],
-             "steps": run.steps, "seconds": round(run.metrics[-1]["seconds"], 1)}
+    found: dict[str, Any] = {
+        "base": evals[0], "last": evals[-1], "best": max(evals), "test": run.result["final"]["accuracy"],
+        "steps": run.steps, "seconds": round(run.metrics[-1]["seconds"], 1)}
+    phases = {event["step"]: event["phase"] for event in run.metrics}
+    if len(set(phases.values())) > 1:  # of stages also what they ended with
+        found["after"] = {phases[e["step"]]: e["accuracy"] for e in run.evals if e["step"]}
     record(recipe.stem, found)
     assert evals[-1] > evals[0] + GAIN, found
 
 
-def record(name: str, found: dict[str, float]) -> None:
+def record(name: str, found: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     facts = {**found, "date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
              "command": "make learn"}

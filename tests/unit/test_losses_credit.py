@@ -44,6 +44,17 @@ def test_nll() -> None:
     assert slope(lambda x: losses.nll(x, weight), LOGP) == [-1.0, -2.0, 0.0, -1.0]
 
 
+def test_prob_weight() -> None:
+    """p at alpha = 1, 1 for what is likelier than alpha, nothing that underflows, and no gradient of its own."""
+    logp = torch.tensor([0.0, -1.0, -5.0, -2000.0], dtype=torch.float64, requires_grad=True)
+    assert losses.prob_weight(logp).tolist() == pytest.approx([1.0, math.exp(-1), math.exp(-5), 0.0])
+    assert losses.prob_weight(logp, 0.1).tolist() == pytest.approx([1.0, 1.0, 10 * math.exp(-5), 0.0])
+    assert losses.prob_weight(logp, 1e-300).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
+    assert not losses.prob_weight(logp).requires_grad
+    assert slope(lambda x: losses.nll(x, losses.prob_weight(x, 0.1)), logp.detach())[2] == pytest.approx(
+        -10 * math.exp(-5))
+
+
 def test_clip() -> None:
     """The slow version of PPO's rule: a token keeps its gradient A rho unless it has gone too far already."""
     for advantage in (1.0, -2.0):

@@ -25,8 +25,9 @@ from pydantic import BaseModel
 import bridgelm
 from bridgelm import methods_info
 from bridgelm.cli import build_parser
-from bridgelm.config import RunConfig, _models
+from bridgelm.config import RunConfig, _models, load_config, stage_steps
 from bridgelm.methods.base import Form, Tier
+from bridgelm.options import SequenceOptions
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "bridgelm"
@@ -148,8 +149,9 @@ def test_five_places(name: str) -> None:
     text = (SRC / "methods" / f"{name}.py").read_text()
     assert f"class {registry()[name]}(Method)" in text, "1. its file holds the class that the registry names"
     assert re.search(rf"@final\s+class {registry()[name]}\(", text), "and the class is final"
-    recipes = [tomllib.loads(path.read_text()) for path in (ROOT / "recipes" / "toy").glob("*.toml")]
-    assert any(recipe["method"]["name"] == name for recipe in recipes), "3. a recipe in recipes/toy"
+    methods = [load_config(path).method for path in (ROOT / "recipes" / "toy").glob("*.toml")]
+    named = {part.name for method in methods for part in (method, *methods_info.parts(method))}  # type: ignore[attr-defined]
+    assert name in named, "3. a recipe in recipes/toy, of its own or as a stage"
     page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.is_file() and "**Trap**" in page.read_text(), f"4. a page {page.name} in docs/methods, with its trap"
     used = set().union(*(_imported(path) for path in (ROOT / "tests").rglob("*.py")))
@@ -187,11 +189,16 @@ def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
               | {"optim": {key: value for key, value in recipe["optim"].items() if key != "lr"},
                  "data": recipe["data"] | {"toy": recipe["data"]["toy"] | {"layout": "either"}}}
               for name, recipe in recipes.items()}
-    rolls = {name: recipe["steps"] - sum(s.get("steps", 0) for s in recipe["method"].get("stages", []))
-             for name, recipe in recipes.items() if name != "sft"}
-    assert len(set(rolls.values())) == 1, f"steps with rollouts differ: {rolls}"
+    rolls = {name: steps_with_rollouts(load_config(ROOT / "recipes" / "toy" / f"{name}.toml")) for name in recipes}
+    assert len({steps for steps in rolls.values() if steps}) == 1, f"steps with rollouts differ: {rolls}"
     assert all(value == shared["bridge"] for value in shared.values())
     assert all(recipe["name"] == name for name, recipe in recipes.items())
+
+
+def steps_with_rollouts(config: RunConfig) -> int:
+    parts = methods_info.parts(config.method)
+    steps = stage_steps(config.method, config.steps) if isinstance(config.method, SequenceOptions) else [config.steps]
+    return sum(n for n, part in zip(steps, parts, strict=True) if methods_info.samples(part))
 
 
 # -- the public surface ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from bridgelm.methods.base import Method
 from bridgelm.methods.bridge import Bridge
 from bridgelm.methods.bridge_dial import BridgeDial
 from bridgelm.methods.bridge_leaky import BridgeLeaky
+from bridgelm.methods.dft import Dft
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.guide import Guide
 from bridgelm.methods.joint import Joint
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "bridge_dial": BridgeDial,
     "token_lead": TokenLead,
     "guide": Guide,
+    "dft": Dft,
 }
 
 __all__ = ["METHODS", "Method"]

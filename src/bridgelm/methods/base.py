@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, losses
+from bridgelm import credit, dist, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.options import PolicyGradient
@@ -108,6 +109,14 @@ def descend(policy: Policy, batch: Batch, terms: Any, coef: Mapping[str, float])
     found = policy.grad(terms, batch, coef)
     norm = policy.apply("theta", found.theta)
     return {"grad_norm/theta": norm, **{f"loss/{name}": value for name, value in found.losses.items()}}
+
+
+def mean_over(batch: Batch, name: str, values: Mapping[int, np.ndarray]) -> float:
+    """Of a number a token, given by row index, over the tokens of a stream on all ranks; each weighs the same."""
+    chosen = [values[i][row.streams[name].mask] for i, row in enumerate(batch.rows)
+              if name in row.streams and i in values]
+    found = dist.total({"sum": float(sum(v.sum() for v in chosen)), "count": float(sum(v.size for v in chosen))})
+    return found["sum"] / max(1.0, found["count"])
 
 
 # -- the RL half, shared by every method with rollouts ---------------------------------------------------------------

@@ -21,12 +21,13 @@ from bridgelm.options.core import (
     SftOptions,
     TokenLeadOptions,
 )
+from bridgelm.options.offline import DftOptions
 
 __all__ = ["BRIDGE_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions", "Shadowed",
            "Share", "SingleOptions", "Stage", "Strict"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
-                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions)
+                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions)
 
 
 class Stage(Strict):
