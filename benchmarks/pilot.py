@@ -62,17 +62,18 @@ def of_bridge(name: str, **fixed: Any) -> list[Setting]:
 
 # The mixing weight and the rates. lambda .5, .77, .91 and .97 are the mixtures mu = 1, .3, .1 and .03 of joint.
 GRID: dict[str, list[Setting]] = {
-    "grpo": [method("grpo", lr) for lr in (2e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3)],
+    "grpo": [method("grpo", lr) for lr in (2e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)],
     "cold_start": [cold_start(200, 1e-3, 5e-4), cold_start(100, 1e-3, 5e-4), cold_start(50, 1e-3, 5e-4),
                    cold_start(200, 5e-4, 5e-4), cold_start(200, 1e-3, 3e-4), cold_start(100, 1e-3, 8e-4),
                    cold_start(200, 5e-4, 1e-3), cold_start(100, 1e-3, 1.2e-3)],
     "joint": [method("joint", 1e-3, mu=1.0), method("joint", 1e-3, mu=0.3), method("joint", 1e-3, mu=0.1),
               method("joint", 1e-3, mu=1.0, mu_end=0.0, schedule="linear"),
-              method("joint", 1e-3, mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 1e-3, mu=0.03)],
+              method("joint", 1e-3, mu=0.3, mu_end=0.0, schedule="linear"), method("joint", 1e-3, mu=0.03),
+              method("joint", 1.4e-3, mu=0.03)],
     "bridge": of_bridge("bridge"),
     "bridge_paper": of_bridge("bridge", preset="paper"),
-    "bridge_leaky": of_bridge("bridge_leaky"),
-    "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, **{"lambda": lam}) for lr, beta, eta, lam in
+    "bridge_leaky": of_bridge("bridge_leaky", ratio="truncate"),
+    "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, ratio="truncate", **{"lambda": lam}) for lr, beta, eta, lam in
                     ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.1, 0.91), (1e-3, 2e-4, 0.3, 0.5),
                      (1e-3, 2e-4, 0.3, 0.77), (1e-3, 1e-3, 0.3, 0.77))],
     "barrier": [method("barrier", lr, eta=eta) for lr, eta in
@@ -99,7 +100,8 @@ def after_sft(lr: float, **inner: Any) -> Setting:
 
 IMPROVE: dict[str, Setting] = {
     "sft_joint": after_sft(8e-4, name="joint", mu=0.03),
-    "sft_dial": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, **{"lambda": 0.91}),
+    "sft_dial": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
+    "dial_taper": method("bridge_dial", 1e-3, beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
     "sft_barrier": after_sft(8e-4, name="barrier", eta=16.0),
     "sft_gate": after_sft(8e-4, name="token_lead", mu=0.1, weights="gate", source="wrong_demos"),
     "gate": method("token_lead", 1e-3, mu=0.1, weights="gate", source="wrong_demos"),
@@ -109,7 +111,7 @@ IMPROVE: dict[str, Setting] = {
 CONTROLS: dict[str, Setting] = {
     **{f"bridge_{third}": method("bridge", 1e-3, beta=2e-4, third=third, **{"lambda": 0.97})
        for third in ("rl", "sft", "frozen", "noise", "permuted")},
-    "dial_fixed": method("bridge_dial", 1e-3, beta=2e-4, eta=0.0, scales=[1.0], **{"lambda": 0.91}),
+    "dial_fixed": method("bridge_dial", 1e-3, beta=2e-4, eta=0.0, scales=[1.0], ratio="truncate", **{"lambda": 0.91}),
     "barrier_joint": method("joint", 1e-3, mu=1 / 16),
     "token_lead_shuffled": method("token_lead", 1e-3, mu=0.03, eta=1.0, shuffled=True, source="wrong_demos"),
 }
@@ -135,10 +137,27 @@ class Job:
         return "/".join([self.phase, self.label, self.digest, self.family, self.regime, str(self.seed)])
 
 
+def bare(setting: Setting) -> Setting:
+    """Without what tuning wrote beside it."""
+    return {key: setting[key] for key in ("method", "lr", "steps") if key in setting}
+
+
+def digest_of(setting: Setting) -> str:
+    """The shadow's `ratio` was no option when the first rows were made: they ran with `truncate`, which is left out."""
+    setting = bare(setting)
+    method = {key: value for key, value in setting["method"].items() if (key, value) != ("ratio", "truncate")}
+    return hashlib.sha256(json.dumps(setting | {"method": method}, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def setting_of(row: dict[str, Any]) -> Setting | None:
+    """What a tuning run was trained with; None for a setting that is in no grid any more."""
+    label, digest = row["label"], row["key"].split("/")[2]
+    return next((s for s in GRID[label] + (ENVELOPE if label == "joint" else []) if digest_of(s) == digest), None)
+
+
 def job(phase: str, label: str, number: int, setting: Setting, regime: str, family: str, seed: int,
         runs: Path) -> Job:
-    setting = {key: setting[key] for key in ("method", "lr", "steps") if key in setting}
-    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8]
+    setting, digest = bare(setting), digest_of(setting)
     overrides = [*REGIMES[regime], *FAMILIES[family], *COMMON]
     raw = load_config(ROOT / "recipes" / "toy" / "joint.toml", overrides).resolved()
     raw |= {"name": f"{phase}-{label}-{digest}-{family}-{regime}-{seed}", "out": str(runs), "seed": seed, "threads": 1,
@@ -233,24 +252,24 @@ def late(row: dict[str, Any]) -> float:
 
 def choose() -> None:
     """One setting a method for all three regimes, by its mean; joint's best of each regime beside it."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows():
         if row["phase"] == "tune":
-            found.setdefault(row["label"], {}).setdefault(row["setting"], {})[row["regime"]] = late(row)
-    kept = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
+            found.setdefault(row["label"], {}).setdefault(row["key"].split("/")[2], {})[row["regime"]] = late(row)
     main: dict[str, Setting] = {}
-    for label, settings in found.items():
-        whole = {i: sum(v.values()) / len(v) for i, v in settings.items()
-                 if len(v) == len(REGIMES) and i < len(GRID[label])}
-        if whole:
-            best = max(whole, key=lambda i: whole[i])
-            main[label] = GRID[label][best] | {"number": best, "score": round(whole[best], 4)}
+    for label, settings in GRID.items():
+        scores = {i: sum(v.values()) / len(v) for i, s in enumerate(settings)
+                  if len(v := found.get(label, {}).get(digest_of(s), {})) == len(REGIMES)}
+        if scores:
+            best = max(scores, key=lambda i: scores[i])
+            main[label] = settings[best] | {"number": best, "score": round(scores[best], 4)}
     envelope = {}
     for regime in REGIMES:
-        scores = {i: v[regime] for i, v in found.get("joint", {}).items() if regime in v}
-        best = max(scores, key=lambda i: scores[i])
-        envelope[regime] = (GRID["joint"] + ENVELOPE)[best] | {"number": best, "score": scores[best]}
-    CHOSEN.write_text(json.dumps(kept | {"main": main, "envelope": envelope}, indent=1) + "\n")
+        tried = {i: v[regime] for i, s in enumerate(GRID["joint"] + ENVELOPE)
+                 if regime in (v := found.get("joint", {}).get(digest_of(s), {}))}
+        best = max(tried, key=lambda i: tried[i])
+        envelope[regime] = (GRID["joint"] + ENVELOPE)[best] | {"number": best, "score": tried[best]}
+    CHOSEN.write_text(json.dumps({"main": main, "envelope": envelope}, indent=1) + "\n")
     for label, setting in main.items():
         print(label, setting)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pilot import ENVELOPE, GRID, REGIMES, RESULTS, STEPS, late, rows
+from pilot import REGIMES, RESULTS, STEPS, late, rows, setting_of
 
 from bridgelm.report_plots import PALETTE
 from bridgelm.runs import Run
@@ -282,8 +282,7 @@ def mixtures(found: list[dict[str, Any]], folder: Path) -> None:
                                         ("bridge_dial", 2, "D-.")):
                 points = []
                 for row in here:
-                    setting = (GRID["joint"] + ENVELOPE if label == "joint" else GRID[label])[row["setting"]] \
-                        if row["label"] == label else None
+                    setting = setting_of(row) if row["label"] == label else None
                     plain = setting and setting["lr"] == 1e-3 and "mu_end" not in setting["method"] \
                         and setting["method"].get("beta", 2e-4) == 2e-4 and setting["method"].get("eta", 0.1) == 0.1
                     if setting and plain:

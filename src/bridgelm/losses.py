@@ -32,6 +32,16 @@ def pg_truncate(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, cap: float) 
     return -weight_BT * ratio * logp_BT
 
 
+def pg_taper(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """-A sg(w) log pi with w = 1 where A > 0 and min(ratio, 1) where A < 0 (after TOPR, arXiv 2503.14286).
+
+    Rewarded tokens keep their pull however unlikely they have become, and unrewarded ones lose their push as they
+    become unlikely: a policy that has left the samples' comes back. With ratios alone nothing calls it back.
+    """
+    ratio = (logp_BT.detach() - old_BT).exp().clamp(max=1.0)
+    return -weight_BT * ratio.where(weight_BT < 0, 1.0) * logp_BT
+
+
 def kl_k3(logp_BT: Tensor, ref_BT: Tensor, weight_BT: Tensor) -> Tensor:
     """Schulman's low-variance estimate of KL(pi || ref) on the policy's own tokens: always >= 0."""
     log_ratio = ref_BT - logp_BT

@@ -119,6 +119,8 @@ class Bridge(Method):
         rl, weight = self.options.rl, batch.weight["shadow"]
         if self.options.ratio == "clip":
             out = {"shadow": losses.pg_clip(live.logp_BT, batch.old_BT, weight, rl.clip_low, rl.clip_high)}
+        elif self.options.ratio == "taper":
+            out = {"shadow": losses.pg_taper(live.logp_BT, batch.old_BT, weight)}
         else:
             out = {"shadow": losses.pg_truncate(live.logp_BT, batch.old_BT, weight, self.options.ratio_cap)}
         if "shadow_kl" in batch:
@@ -215,8 +217,8 @@ class Bridge(Method):
         found = sizes | moves | self.sampled
         if self.options.shadow_rollouts == "own":
             return found
-        truncates, rl_options = self.options.ratio == "truncate", self.options.rl
-        low, high = (0.0, self.options.ratio_cap) if truncates else (1 - rl_options.clip_low, 1 + rl_options.clip_high)
+        clips, rl_options = self.options.ratio == "clip", self.options.rl
+        low, high = (1 - rl_options.clip_low, 1 + rl_options.clip_high) if clips else (0.0, self.options.ratio_cap)
         return found | cooperation.diagnose(batch.rows, shadow.logps, low, high)
 
     def warnings(self, metrics: Metrics) -> list[str]:

@@ -39,9 +39,9 @@ from bridgelm.methods.shadow import (
     shadow_coef,
     shadow_gather,
     shadow_setup,
+    shadow_terms,
     shadow_warnings,
     shares,
-    truncated_terms,
 )
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -78,7 +78,7 @@ class BridgeDial(Method):
         return rl_terms(batch, live, self.options.rl) | sft_terms(batch, live)
 
     def shadow_terms(self, batch: Micro, live: Live) -> dict[str, Tensor]:
-        return truncated_terms(batch, live, self.options.ratio_cap)
+        return shadow_terms(batch, live, self.options)
 
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam = self.options, self.lam

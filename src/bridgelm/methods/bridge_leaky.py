@@ -37,9 +37,9 @@ from bridgelm.methods.shadow import (
     shadow_coef,
     shadow_gather,
     shadow_setup,
+    shadow_terms,
     shadow_warnings,
     shares,
-    truncated_terms,
 )
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
@@ -75,7 +75,7 @@ class BridgeLeaky(Method):
         return rl_terms(batch, live, self.options.rl) | sft_terms(batch, live)
 
     def shadow_terms(self, batch: Micro, live: Live) -> dict[str, Tensor]:
-        return truncated_terms(batch, live, self.options.ratio_cap)
+        return shadow_terms(batch, live, self.options)
 
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam, parts = self.options, self.options.lam, halves(batch)

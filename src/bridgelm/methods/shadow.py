@@ -66,11 +66,15 @@ def rename(row: Row, names: Mapping[str, str]) -> Row:
 
 # -- losses --------------------------------------------------------------------------------------------------------
 
-def truncated_terms(batch: Micro, live: Live, cap: float) -> dict[str, Tensor]:
-    """J_RL at the shadow, from samples of the joint policy, by truncated token ratios."""
+def shadow_terms(batch: Micro, live: Live, o: Shadowed) -> dict[str, Tensor]:
+    """J_RL at the shadow, from samples of the joint policy, by tapered or truncated token ratios."""
     if "shadow" not in batch:
         return {}
-    out = {"shadow": losses.pg_truncate(live.logp_BT, batch.old_BT, batch.weight["shadow"], cap)}
+    weight = batch.weight["shadow"]
+    if o.ratio == "taper":
+        out = {"shadow": losses.pg_taper(live.logp_BT, batch.old_BT, weight)}
+    else:
+        out = {"shadow": losses.pg_truncate(live.logp_BT, batch.old_BT, weight, o.ratio_cap)}
     if "shadow_kl" in batch:
         out["shadow_kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, batch.weight["shadow_kl"])
     return out

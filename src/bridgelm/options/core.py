@@ -66,7 +66,7 @@ class BridgeOptions(Shadowed):
     # the start (`frozen`), and two placebos: noise of its norm (`noise`), and advantages dealt out anew (`permuted`).
     third: Literal["gain", "rl", "sft", "frozen", "noise", "permuted"] = "gain"
     shadow_step: Literal["shared_moments", "plain"] = "shared_moments"
-    ratio: Literal["truncate", "clip"] = "truncate"
+    ratio: Literal["truncate", "taper", "clip"] = "truncate"  # clip: PPO's
 
     @model_validator(mode="before")
     @classmethod
