@@ -73,7 +73,8 @@ GRID: dict[str, list[Setting]] = {
     "bridge": of_bridge("bridge"),
     "bridge_paper": of_bridge("bridge", preset="paper"),
     "bridge_leaky": of_bridge("bridge_leaky", ratio="truncate"),
-    "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, ratio="truncate", **{"lambda": lam}) for lr, beta, eta, lam in
+    "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, ratio="truncate", **{"lambda": lam})
+                    for lr, beta, eta, lam in
                     ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.1, 0.91), (1e-3, 2e-4, 0.3, 0.5),
                      (1e-3, 2e-4, 0.3, 0.77), (1e-3, 1e-3, 0.3, 0.77))],
     "barrier": [method("barrier", lr, eta=eta) for lr, eta in

@@ -38,7 +38,7 @@ def pg_taper(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor) -> Tensor:
     Rewarded tokens keep their pull however unlikely they have become, and unrewarded ones lose their push as they
     become unlikely: a policy that has left the samples' comes back. With ratios alone nothing calls it back.
     """
-    ratio = (logp_BT.detach() - old_BT).exp().clamp(max=1.0)
+    ratio = (logp_BT.detach() - old_BT).clamp(max=0.0).exp()
     return -weight_BT * ratio.where(weight_BT < 0, 1.0) * logp_BT
 
 

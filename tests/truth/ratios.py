@@ -93,6 +93,7 @@ def one_token(code: Code) -> None:
     close(one_token_gradient(code, JOINT, SHADOW, lambda a: a - p, "nll"), 0.177894, 5e-7, "biased, baseline p")
     capped(code)
     clipped(code)
+    tapered(code)
 
 
 def capped(code: Code) -> None:
@@ -112,6 +113,17 @@ def clipped(code: Code) -> None:
     close(
         one_token_gradient(code, SHADOW, z, lambda a: a, ratio="truncate"), slope(z), 1e-15, "which truncation has not"
     )
+
+
+def tapered(code: Code) -> None:
+    """Rewarded actions at full weight, others by the ratio up to 1; and so a shadow that has lost the rewarded action
+    is pulled back at the rate of the joint policy, where the exact gradient has vanished."""
+    p = sigmoid(JOINT)
+    for z in (SHADOW, -9.0, 3.0):
+        q = sigmoid(z)
+        wanted = p * (1 - p) * (1 - q) + (1 - p) * min((1 - q) / (1 - p), 1.0) * p * q
+        close(one_token_gradient(code, JOINT, z, lambda a: a - p, ratio="taper"), wanted, 1e-15, f"taper at {z}")
+    assert one_token_gradient(code, JOINT, -9.0, lambda a: a - p, ratio="taper") > 500 * slope(-9.0)
 
 
 def expected_gain(code: Code, outcomes: list[tuple[float, float, float]], size: int) -> float:

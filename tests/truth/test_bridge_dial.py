@@ -256,7 +256,8 @@ def gradients(policy: Any, rows: list[Row], names: dict[str, float], at: str) ->
     """Gradients by group of the terms, by autograd through weights merged by hand."""
     wanted = {"theta": policy.groups["theta" if at == "live" else at], "w": policy.groups["w"]}
     leaves = {f"{g}/{n}": t for g, group in wanted.items() for n, t in group.flat().items()}
-    terms = by_definition(rows, all_logps(build(), merged(policy, at), rows), bridge_method(ratio_cap=CAP))
+    logps = all_logps(build(), merged(policy, at), rows)
+    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP, ratio="taper"))
     loss = torch.stack([c * terms[n] for n, c in names.items()]).sum()
     out: dict[str, dict[str, torch.Tensor]] = {g: {} for g in wanted}
     for key, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):

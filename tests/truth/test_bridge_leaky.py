@@ -237,12 +237,13 @@ LAM, RHO, LR, BETA, CAP = 0.3, 0.2, 0.05, 0.02, 1.05
 RL = {"kl_coef": 0.3}
 
 
-def w_gradient(policy: Any, rows: list[Row], names: dict[str, float], at: str) -> dict[str, dict[str, torch.Tensor]]:
+def w_gradient(policy: Any, rows: list[Row], names: dict[str, float], at: str,
+               ratio: str) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients by group of the terms, by autograd through weights merged by hand."""
     wanted = {"theta": policy.groups["theta" if at == "live" else at], "w": policy.groups["w"]}
     leaves = {f"{g}/{n}": t for g, group in wanted.items() for n, t in group.flat().items()}
     logps = all_logps(build(), merged(policy, at), rows)
-    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP))
+    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP, ratio=ratio))
     loss = torch.stack([c * terms[n] for n, c in names.items()]).sum()
     found = torch.autograd.grad(loss, list(leaves.values()))
     out: dict[str, dict[str, torch.Tensor]] = {g: {} for g in wanted}
@@ -287,20 +288,25 @@ def ready(module: ModuleType, lr: float = LR, beta: float = BETA, **options: Any
 
 def updates_on_a_transformer(module: ModuleType) -> None:
     """Two updates, each against the equations with gradients by hand, group by group, at the snapshot."""
-    method, policy = ready(module, agreement_decay=0.6)
+    for ratio in ("truncate", "taper"):
+        two_updates(module, ratio)
+
+
+def two_updates(module: ModuleType, ratio: str) -> None:
+    method, policy = ready(module, agreement_decay=0.6, ratio=ratio)
     start = make_rows(policy)
     product = size = 0.0
     for step, values in enumerate(((0.8, -1.1, 0.5, -0.4), (0.2, 1.0, -0.6, 0.9))):
         rows = advantages(start, values)
         names = {"live": {"pg": 1.0, "kl": 0.3}, "shadow": {"shadow": 1.0, "shadow_kl": 0.3}}
-        half = [{at: w_gradient(policy, without(rows, 1 - g), names[at], at) for at in names} for g in (0, 1)]
+        half = [{at: w_gradient(policy, without(rows, 1 - g), names[at], at, ratio) for at in names} for g in (0, 1)]
         a, b = (flat(h["live"]["w"]) - flat(h["shadow"]["w"]) for h in half)
         keep = 0.6 if step else 0.0
         product = keep * product + (1 - keep) * float(a @ b)
         size = keep * size + (1 - keep) * float(a @ a + b @ b) / 2
         q = min(max(product / size, 0.0), 1.0)
-        sft = w_gradient(policy, rows, {"nll": 1.0}, "live")
-        rl, shadow = (w_gradient(policy, rows, names[at], at) for at in names)
+        sft = w_gradient(policy, rows, {"nll": 1.0}, "live", ratio)
+        rl, shadow = (w_gradient(policy, rows, names[at], at, ratio) for at in names)
         logps = all_logps(build(), merged(policy, "shadow"), rows)
         rho = np.exp([float((lp.detach().numpy() - r.old_logps)[r.own].sum()) for r, lp in zip(rows, logps)
                       if r.old_logps is not None])  # fmt: skip
@@ -330,7 +336,7 @@ def test_equal_halves_agree_and_noise_does_not() -> None:
     assert method.update(policy, make_batch(twins), 0)["bridge/agreement"] == pytest.approx(1.0, abs=1e-12)
     product = size = 0.0
     for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1)):  # noise is a third term whose halves turn without each other
-        method, policy = ready(leaky_module, lr=1e-12, beta=1e-12, rl={})
+        method, policy = ready(leaky_module, lr=1e-12, beta=1e-12, rl={}, ratio="truncate")  # odd in the advantage
         rows = advantages(make_rows(policy, on_policy=True), np.repeat(signs, 2) * (0.8, -1.1, 0.5, -0.4))
         method.update(policy, make_batch(rows), 0)
         assert method.size > 1e-4
@@ -456,11 +462,14 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
                                                       ", key=lambda row: 0)"),)),
     "logps_not_moved_on": (MODEL, (("{start + i: logp for", "{i: logp for"),)),
     "beta_ignored": (PATH, ()),
-    "cap_ignored": (MODEL, (("self.options.ratio_cap)\n\n", "1e9)\n\n"),)),
+    "cap_ignored": (MODEL, ()),
+    "taper_ignored": (MODEL, ()),
     "no_kl_at_the_shadow": (MODEL, (("shadow_coef(o.rl)", '{"shadow": 1.0}'),)),
     "own_adam_for_the_shadow": ("without_a_leak_it_is_bridge", ()),
 }  # fmt: skip
 OF_SHADOW = {
+    "cap_ignored": ("weight, o.ratio_cap)", "weight, 1e9)"),
+    "taper_ignored": ('if o.ratio == "taper":', "if False:"),
     "beta_ignored": ('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),
     "own_adam_for_the_shadow": (
         'kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None',
@@ -472,7 +481,9 @@ OF_SHADOW = {
 def mutant(name: str) -> ModuleType:
     module = mutate(leaky_module, MUTANTS[name][1], name)
     if name in OF_SHADOW:
-        module.shadow_setup = mutate(shadow_module, (OF_SHADOW[name],), name).shadow_setup  # type: ignore[attr-defined]
+        changed = mutate(shadow_module, (OF_SHADOW[name],), name)
+        for part in ("shadow_setup", "shadow_terms"):
+            setattr(module, part, getattr(changed, part))
     return module
 
 

@@ -121,6 +121,7 @@ def test_the_state_of_the_count_survives_a_resume() -> None:
 DOCUMENTED = {  # the table of docs/bridge.md, section 4: estimator -> its mean at baseline 0 and at .1
     "no ratio": ({}, (0.05, 0.02), (0.08, 0.026)),
     "token ratio, no cap": ({"ratio_cap": 1e9}, (0.125, 0.032), (0.125, 0.032)),
+    "taper": ({"ratio": "taper"}, (0.05, 0.02), (0.065, 0.0212)),
     "token ratio, cap 2": ({}, (0.1, 0.032), (0.105, 0.032)),
     "clip": ({"ratio": "clip"}, (0.0, 0.0), (-0.0125, 0.0)),
 }

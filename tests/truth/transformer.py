@@ -219,7 +219,11 @@ def objective(
                 each = -weight * bound
             else:
                 ratio = (lp - old).exp() if frozen_ratio is None else frozen_ratio[i][own]
-                each = -weight * ratio.detach().clamp(max=cap) * lp
+                kept = ratio.detach().clamp(max=cap)
+                if method.options.ratio == "taper":
+                    kept = torch.tensor([1.0 if w > 0 else min(float(r), 1.0) for w, r in zip(weight, kept)],
+                                        dtype=torch.float64)
+                each = -weight * kept * lp
             mean = each.mean() if stream.norm == "row" else each.sum()
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + mean
             below[name] = below.get(name, 0.0) + {"token": float(own.sum()), "row": 1.0, "constant": 9.0}[stream.norm]

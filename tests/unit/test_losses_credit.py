@@ -82,6 +82,12 @@ def test_truncate_has_a_constant_ratio() -> None:
     assert old.grad is None
 
 
+def test_taper_pulls_at_full_weight_and_pushes_by_the_ratio_up_to_one() -> None:
+    weight = torch.tensor([1.0, -3.0, -2.0, 0.5], dtype=torch.float64)  # ratios 1.11, 1.65, .61, 1
+    wanted = [-w * (1.0 if w > 0 else min(math.exp(x + 1), 1.0)) for w, x in zip(weight.tolist(), LOGP.tolist())]
+    assert slope(lambda x: losses.pg_taper(x, OLD, weight), LOGP) == pytest.approx(wanted)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=6), st.lists(st.floats(-3, 3), min_size=2, max_size=6))
 def test_k3(a: list[float], b: list[float]) -> None:
@@ -99,6 +105,7 @@ def test_on_policy_gradients_agree() -> None:
     plain = (-weight).tolist()
     assert slope(lambda x: losses.pg_clip(x, OLD, weight, 0.2, 0.28), OLD) == pytest.approx(plain)
     assert slope(lambda x: losses.pg_truncate(x, OLD, weight, 2.0), OLD) == pytest.approx(plain)
+    assert slope(lambda x: losses.pg_taper(x, OLD, weight), OLD) == pytest.approx(plain)
 
 
 # -- credit ----------------------------------------------------------------------------------------------------------

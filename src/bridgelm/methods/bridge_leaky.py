@@ -12,8 +12,9 @@ h_A and h_B come from the two halves of the step's groups, the means run over st
 both halves and to 0 where it is noise; it multiplies w's rate, since a smaller gradient is no smaller step under Adam.
 The code minimises losses L = -J, so every `+=` is a descent step and the signs inside the brackets stay.
 
-Why a leak: a shadow that never returns leaves the rollouts' policy after some ten steps, and its ratios, truncated or
-not, then say little. Ours, not the paper's: BRIDGE as published has rho = 0 and q = 1.
+Why a leak, and `ratio = taper`: a shadow that never returns leaves the rollouts' policy after some ten steps, and its
+ratios then say little. By ratios alone nothing calls it back; tapered, rewarded tokens always do. Ours, not the
+paper's: BRIDGE as published has rho = 0 and q = 1.
 
 Trap: a leak is a re-sync in disguise. Where J_RL curves by c, a share r = a c / (a c + rho) of the third term is left
 at rest, so a large leak at a small rate leaves none of it and w learns what theta learns.

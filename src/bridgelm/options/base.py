@@ -41,8 +41,7 @@ class LowRank(Strict):
 class Shadowed(LowRank):
     """A shadow that learns from the joint policy's rollouts, corrected by token ratios."""
 
-    # truncate: min(ratio, ratio_cap), the gradient of J_RL up to the cap. taper: 1 for rewarded tokens and min(ratio, 1)
-    # for others, which calls a shadow back that has left the rollouts' policy (after TOPR, 2503.14286).
-    ratio: Literal["taper", "truncate"] = "taper"
+    ratio: Literal["taper",  # 1 for rewarded tokens, min(ratio, 1) for others: a stray shadow comes back (2503.14286)
+                   "truncate"] = "taper"  # min(ratio, ratio_cap): the gradient of J_RL up to the cap
     probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
     ratio_cap: Rate = 2.0  # of `truncate`: truncation of the shadow's token ratio
