@@ -21,7 +21,7 @@ def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> B
         for name, stream in row.streams.items():
             tokens = float(stream.mask.sum())
             share = {"token": tokens, "row": float(tokens > 0), "constant": stream.constant}[stream.norm]
-            counts[name] = counts.get(name, 0.0) + share
+            counts[name] = counts.get(name, 0.0) + row.times * share
     return Batch(tuple(rows), dist.total(counts), stats or {})
 
 
@@ -79,9 +79,8 @@ def plan(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:
 
 def idle(rows: Sequence[Row], terms: Sequence[str]) -> set[int]:
     """Rows that cannot contribute: no weight in any of the terms. Counts were taken before, so skipping is free."""
-    return {i for i, row in enumerate(rows)
-            if not any(name in row.streams and np.any(row.streams[name].weight * row.streams[name].mask)
-                       for name in terms)}
+    return {i for i, row in enumerate(rows) if not (row.times and any(
+        name in row.streams and np.any(row.streams[name].weight * row.streams[name].mask) for name in terms))}
 
 
 def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats: Mapping[str, Any]) -> Micro:
@@ -100,8 +99,8 @@ def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats
 
     names = sorted({name for row in rows for name in row.streams})
     streams = {name: [row.streams.get(name) for row in rows] for name in names}
-    scale = {name: [None if s is None else s.mask / (max(1, s.mask.sum()) if s.norm == "row" else 1) for s in stream]
-             for name, stream in streams.items()}
+    scale = {name: [None if s is None else row.times * s.mask / (max(1, s.mask.sum()) if s.norm == "row" else 1)
+                    for row, s in zip(rows, stream, strict=True)] for name, stream in streams.items()}
     pads = (np.ones(len(row.ids)) for row in rows)
     return Micro(
         ids_BT=torch.from_numpy(stack((row.ids for row in rows), np.int64)).to(device),

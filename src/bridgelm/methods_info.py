@@ -88,9 +88,9 @@ def remedy(need: str) -> str:
 
 
 def parts(method: BaseModel) -> list[BaseModel]:
-    """The plain methods that a run consists of: its own, or those of its stages."""
-    stages = getattr(method, "stages", None)
-    return [stage.method for stage in stages] if stages is not None else [method]
+    """The plain methods that a run consists of: its own, those of its stages, or the one that it is wrapped round."""
+    inner = [stage.method for stage in getattr(method, "stages", [])] or [getattr(method, "method", None)]
+    return [part for one in inner if one is not None for part in parts(one)] or [method]
 
 
 def samples(part: BaseModel) -> bool:

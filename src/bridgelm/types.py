@@ -112,6 +112,7 @@ class Row:
     text: str = ""
     streams: Mapping[str, Stream] = field(default_factory=dict)
     given: int = 0
+    times: float = 1.0  # how often the row counts in every term, its denominator included; 0: not at all
     teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
 
     @property

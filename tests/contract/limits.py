@@ -29,6 +29,10 @@ def joint(mu: float, sft: Grads) -> Wanted:
     return of_theta(mu / (1 + mu), sft)
 
 
+def wrapped(method: Any, sft: Grads, policy: Policy, step: int) -> Wanted:
+    return LIMITS.get(method.inner.options.name, lambda *_: {})(method.inner, sft, policy, step)
+
+
 LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
     "token_lead": lambda method, sft, policy, step: joint(method.options.mu, sft),
@@ -37,5 +41,9 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "bridge_leaky": lambda method, sft, policy, step: of_bridge(1 - method.options.lam, sft, policy),
     "bridge_dial": lambda method, sft, policy, step: of_bridge(1 - method.lam, sft, policy),
     # The RL step does not move, so SFT follows from the same point.
+    # With demonstrations of failed problems only; nothing at all where all pass.
+    "interleaved": lambda method, sft, policy, step: {"theta_sft": sft.theta},
+    "data_mixing": lambda method, sft, policy, step: of_theta(1.0, sft),
+    "shuffle_r1": wrapped,
     "alternate": lambda method, sft, policy, step: {"theta_sft": sft.theta},
 }

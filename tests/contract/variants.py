@@ -23,6 +23,9 @@ METHOD: dict[str, dict[str, Any]] = {
     "token_lead": {"name": "token_lead", "mu": 0.5},
     "guide": GUIDE,
     "dft": {"name": "dft"},
+    "interleaved": {"name": "interleaved"},
+    "data_mixing": {"name": "data_mixing", "buffer": 20},
+    "shuffle_r1": {"name": "shuffle_r1", "draws": 3, "keep": 1.0},
 }
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
@@ -50,6 +53,11 @@ READINGS: dict[str, dict[str, Any]] = {
         {"method": {"name": "joint", "rl": {"kl_coef": 0.1}}, "fresh_optimiser": False, "fresh_reference": False}]},
     "dft by the start, then grpo": {"name": "sequence", "stages": [
         {"method": {"name": "dft", "weights_of": "reference"}, "steps": 2}, {"method": {"name": "grpo"}}]},
+    "interleaved, one optimiser": {"name": "interleaved", "optimisers": "one", "every": 3, "rl": {"std": True}},
+    "data_mixing with RL": {"name": "data_mixing", "rl_weight": 0.5, "rl": {"kl_coef": 0.1}},
+    "sft, then shuffle_r1 round joint": {"name": "sequence", "stages": [
+        {"method": {"name": "sft"}, "steps": 1},
+        {"method": {"name": "shuffle_r1", "method": {"name": "joint", "rl": {"aggregate": "row"}}, "draws": 2}}]},
     "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
     "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
 }

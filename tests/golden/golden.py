@@ -41,9 +41,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "token_lead": {"name": "token_lead"},
     "guide": {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1},
     "dft": {"name": "dft"},
+    "interleaved": {"name": "interleaved"},
+    "data_mixing": {"name": "data_mixing", "buffer": 20, "rl_weight": 0.5},
+    "shuffle_r1": {"name": "shuffle_r1", "draws": 3},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
+        "interleaved/", "mixing/", "shuffle_r1/",
         "reward", "lr")
 
 

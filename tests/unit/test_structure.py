@@ -215,7 +215,8 @@ def surface() -> dict[str, Any]:
 
 
 def config_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted keys; of a choice of methods all, with the method's name in brackets."""
+    """Dotted keys; of a choice of methods all, with the method's name in brackets. A method within a method has the
+    keys that it has by itself, so only its name is listed."""
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
@@ -223,7 +224,7 @@ def config_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         keys |= {key} if not inner else set()
         for choice in inner:
             tag = f"<{choice.model_fields['name'].default}>" if len(inner) > 1 else ""
-            keys |= config_keys(choice, f"{key}{tag}.")
+            keys |= {f"{key}{tag}"} if tag and "<" in prefix else config_keys(choice, f"{key}{tag}.")
     return keys
 
 

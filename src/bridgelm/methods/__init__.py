@@ -6,12 +6,15 @@ from bridgelm.methods.base import Method
 from bridgelm.methods.bridge import Bridge
 from bridgelm.methods.bridge_dial import BridgeDial
 from bridgelm.methods.bridge_leaky import BridgeLeaky
+from bridgelm.methods.data_mixing import DataMixing
 from bridgelm.methods.dft import Dft
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.guide import Guide
+from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
+from bridgelm.methods.shuffle_r1 import ShuffleR1
 from bridgelm.methods.token_lead import TokenLead
 
 METHODS: dict[str, type[Method]] = {
@@ -27,6 +30,9 @@ METHODS: dict[str, type[Method]] = {
     "token_lead": TokenLead,
     "guide": Guide,
     "dft": Dft,
+    "interleaved": Interleaved,
+    "data_mixing": DataMixing,
+    "shuffle_r1": ShuffleR1,
 }
 
 __all__ = ["METHODS", "Method"]

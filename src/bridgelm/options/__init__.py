@@ -22,18 +22,38 @@ from bridgelm.options.core import (
     TokenLeadOptions,
 )
 from bridgelm.options.offline import DftOptions
+from bridgelm.options.shaping import PairShuffle, Shaping
 
 __all__ = ["BRIDGE_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions", "Shadowed",
            "Share", "SingleOptions", "Stage", "Strict"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
-                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions)
+                 | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
+                 | Shaping)
+
+
+class ShuffleR1Options(PairShuffle):
+    """Shuffle-R1 (2508.05612) round a method with rollouts. The defaults are those of its code."""
+
+    name: Literal["shuffle_r1"] = "shuffle_r1"
+    # Its code's GRPO: advantages divided by the group's deviation, no KL.
+    method: Annotated[SingleOptions, Field(discriminator="name")] = GrpoOptions(rl=PolicyGradient(std=True))
+
+    @model_validator(mode="after")
+    def _has_rollouts_of_one_policy(self) -> ShuffleR1Options:
+        name = self.method.name
+        if not getattr(self.method, "samples", hasattr(self.method, "rl")):
+            raise ValueError(f"method {name!r} has no rollouts to choose from; wrap one that has, such as grpo")
+        if isinstance(self.method, LowRank):
+            raise ValueError(f"method {name!r} compares two policies on whole groups, and shuffle_r1 would leave out a "
+                             "part of them; wrap another, such as grpo or joint")
+        return self
 
 
 class Stage(Strict):
     """One stage of a sequence, with a rate and optimisers of its own."""
 
-    method: Annotated[SingleOptions, Field(discriminator="name")]
+    method: Annotated[SingleOptions | ShuffleR1Options, Field(discriminator="name")]
     steps: Annotated[int, Field(ge=1)] | None = None  # stages that leave it out share what is left equally
     lr: Rate | None = None  # this and the next two: those of [optim] unless given
     schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -64,4 +84,4 @@ class SequenceOptions(Strict):
         return self
 
 
-MethodOptions = SingleOptions | SequenceOptions
+MethodOptions = SingleOptions | ShuffleR1Options | SequenceOptions
