@@ -113,9 +113,9 @@ CONTROLS: dict[str, Setting] = {
     **{f"bridge_{third}": method("bridge", 1e-3, beta=2e-4, third=third, **{"lambda": 0.97})
        for third in ("rl", "sft", "frozen", "noise", "permuted")},
     "dial_fixed": method("bridge_dial", 1e-3, beta=2e-4, eta=0.0, scales=[1.0], ratio="truncate", **{"lambda": 0.91}),
-    "barrier_joint": method("joint", 1e-3, mu=1 / 16),
-    "token_lead_shuffled": method("token_lead", 1e-3, mu=0.03, eta=1.0, shuffled=True, source="wrong_demos"),
+    "leaky_taper": method("bridge_leaky", 1e-3, beta=2e-4, probe_every=10, ratio="taper", **{"lambda": 0.97}),
 }
+CONTROL_REGIMES = ["redundant"]  # the third term is asked about where demonstrations are good
 NO_DEMOS = {"grpo"}  # the same run whether demonstrations are right or wrong: trained once, its row stands for both
 
 
@@ -177,7 +177,7 @@ def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
         chosen = [(label, 0, setting) for label, setting in settings_of(phase).items()]
     wanted = [entry for entry in chosen if methods is None or entry[0] in methods]
     return [job(phase, label, i, setting, regime, family, seed, runs) for seed in SEEDS[phase] for family in families
-            for label, i, setting in wanted for regime in REGIMES
+            for label, i, setting in wanted for regime in (CONTROL_REGIMES if phase == "controls" else REGIMES)
             if not (label in NO_DEMOS and regime == "misleading")]
 
 
