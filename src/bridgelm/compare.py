@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bridgelm import methods_info
 from bridgelm import report_text as text
 from bridgelm.analysis import Comparison, analyse, disagreement
 from bridgelm.compare_runs import Job, train_all
@@ -82,10 +83,12 @@ def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[st
         return load_config(sibling, overrides)
     if item == own.method.name:
         return own
-    if item == "cold_start":  # by default half of a sequence is SFT: twice the steps make as many rollouts
-        return make_config({**own.resolved(), "method": {"name": "sequence"}, "steps": 2 * own.steps}, "--methods")
+    steps = methods_info.sampling_steps(own) or own.steps  # as many rollouts as the base makes
+    if item == "cold_start":  # by default half of a sequence is SFT
+        return make_config({**own.resolved(), "method": {"name": "sequence"}, "steps": 2 * steps}, "--methods")
     place = f"no recipe {sibling} and " if sibling else ""
-    return make_config({**own.resolved(), "method": {"name": item}}, f"--methods: {place}as a method {item!r}")
+    return make_config({**own.resolved(), "method": {"name": item}, "steps": steps},
+                       f"--methods: {place}as a method {item!r}")
 
 
 def _run_config(config: RunConfig, label: str, seed: int, folder: Path) -> RunConfig:

@@ -196,7 +196,7 @@ def _cost_lines(config: RunConfig) -> list[tuple[str, str]]:
     """Upper bounds, except that refills of flat groups come on top."""
     methods = methods_info.parts(config.method)
     steps = stage_steps(config.method, config.steps) if isinstance(config.method, SequenceOptions) else [config.steps]
-    sampling = sum(n for n, part in zip(steps, methods) if methods_info.samples(part))
+    sampling = methods_info.sampling_steps(config)
     # One that needs demonstrations draws them.
     drawing = sum(n for n, part in zip(steps, methods) if any("demos" in need for need in methods_info.needs_of(part)))
     rollout, demos = config.rollout, config.batch.demos * config.rollout.updates

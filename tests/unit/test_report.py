@@ -27,7 +27,7 @@ import scipy.stats
 from bridgelm.analysis import analyse, group, judge
 from bridgelm.compare import compare, resolve
 from bridgelm.compare_runs import Tail
-from bridgelm.config import make_config
+from bridgelm.config import load_config, make_config
 from bridgelm.errors import UserError
 from bridgelm.report import report
 from bridgelm.report_panels import binned, bridge_panels
@@ -456,6 +456,12 @@ def test_compare_finds_recipes_and_methods(tmp_path):
         resolve(base, ["gpro"])
     with pytest.raises(UserError, match="'grpo' is named twice"):
         resolve(base, ["grpo", str(tmp_path / "grpo.toml")])
+
+
+def test_a_named_method_makes_as_many_rollouts_as_the_base():
+    base = load_config(Path(__file__).parents[2] / "recipes/toy/cold_start.toml", ["name=mine"])
+    found = resolve(base, ["joint", "cold_start"])
+    assert {name: one.steps for name, one in found.items()} == {"mine": 280, "joint": 80, "cold_start": 160}
 
 
 def test_compare_refuses_to_mix_unequal_settings(tmp_path):
