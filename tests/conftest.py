@@ -44,7 +44,7 @@ def raw(tmp_path: Path, tiny_folder: Callable[..., Path]) -> Callable[..., dict[
     def make(method: dict[str, Any] | str = "grpo", folder: Path | None = None, **changes: Any) -> dict[str, Any]:
         made = raw_config(folder or tmp_path, {"name": method} if isinstance(method, str) else method, tiny_folder())
         for key, value in changes.items():
-            made[key] = {**made[key], **value} if isinstance(value, dict) and key != "method" else value
+            made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
         return made
     return make
 

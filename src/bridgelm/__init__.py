@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from bridgelm.runs import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "evaluate", "export", "load_config", "report",
-           "train"]
+__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "diagnose", "evaluate", "export", "load_config",
+           "report", "train"]
 
 _HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
 
@@ -70,6 +70,12 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None) -> Path:
     """Write the page about one or more run folders; `base` names the method that the others are compared with."""
     return import_module("bridgelm.report").report(runs, out, base=base)
+
+
+def diagnose(runs: Sequence[str | Path], out: str | Path | None = None, *, measure: bool = False) -> Path:
+    """Write what SFT and RL did to each other in run folders; `measure` first measures the saved models of runs that
+    took no probes while they trained."""
+    return import_module("bridgelm.diagnose").diagnose(runs, out, measure=measure)
 
 
 def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

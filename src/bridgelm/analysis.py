@@ -147,7 +147,7 @@ def disagreement(first: Mapping[str, Any], second: Mapping[str, Any], sections: 
 
 def group(runs: Sequence[Run]) -> list[Method]:
     """Runs of the same configuration, seed and bookkeeping apart, in the order in which they were given."""
-    own = {"name", "out", "seed", "threads", "log", "checkpoint_every"}
+    own = {"name", "out", "seed", "threads", "log", "checkpoint_every", "diagnose"}
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps({k: v for k, v in run.config.items() if k not in own}, sort_keys=True)

@@ -86,6 +86,11 @@ def _add_reading(commands: Any) -> None:
     report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report for one run, else ./report")
     report.add_argument("--base", metavar="METHOD", help="what the others are compared with (default: BRIDGE)")
 
+    diagnose = _command(commands, "diagnose", run_diagnose, "what SFT and RL did to each other in one or more runs")
+    diagnose.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    diagnose.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/diagnosis, or ./diagnosis for several")
+    diagnose.add_argument("--measure", action="store_true", help="measure the saved models of runs without probes")
+
     check = _command(commands, "check", run_check, "find mistakes in a TOML file before any model is loaded")
     check.add_argument("file", type=Path, metavar="FILE")
     _takes_overrides(check)
@@ -185,6 +190,12 @@ def run_report(args: argparse.Namespace) -> None:
     import bridgelm
 
     print(f"report: {bridgelm.report(args.runs, args.out, base=args.base)}")
+
+
+def run_diagnose(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    print(f"diagnosis: {bridgelm.diagnose(args.runs, args.out, measure=args.measure)}")
 
 
 def run_export(args: argparse.Namespace) -> None:

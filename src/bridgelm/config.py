@@ -117,6 +117,15 @@ class LogConfig(Strict):
     sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
+class DiagnoseConfig(Strict):
+    """What is measured along the way for `bridgelm diagnose`; no weight moves by it. The cost: docs/diagnose.md."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps between probes; 0: none
+    demos: Count = 64  # a fixed draw of the demonstrations
+    problems: Count = 16  # the first of the validation set
+    group: Annotated[int, Field(ge=2)] = 8  # answers of each
+
+
 class RunConfig(Strict):
     """Everything that decides a run. `resolved()` of it is written to the run folder."""
 
@@ -135,6 +144,7 @@ class RunConfig(Strict):
     batch: BatchConfig = BatchConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
 
     @model_validator(mode="after")
     def _across_fields(self) -> RunConfig:

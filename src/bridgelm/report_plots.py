@@ -44,6 +44,7 @@ class Panel:
     clock: bool = False  # the x axis is a time
     note: str = ""
     floor: float | None = None  # a y value that the axis must show
+    cuts: Sequence[float] = ()  # vertical lines: where one stage ends and the next begins
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def svg(panel: Panel, width: int = 390, height: int = 250) -> str:
     for mark, meaning in panel.marks:
         out.append(f'<line class="mark" x1="{left}" x2="{right:.0f}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>'
                    f'<text class="tick" x="{left + 4}" y="{y(mark) - 4:.1f}">{esc(meaning)}</text>')
+    out += [f'<line class="mark" x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="{top}" y2="{bottom}"/>' for cut in panel.cuts]
     for series in reversed(panel.series):  # the first one lies on top
         out += _series(series, x, y)
     if len(labels) > 1:
@@ -255,6 +257,8 @@ def _draw(axes: Any, panel: Panel) -> None:  # of matplotlib, which is not impor
         axes.axhline(mark, color="#777777", linewidth=0.8, linestyle=":")
         axes.annotate(meaning, (0.01, mark), xycoords=("axes fraction", "data"), fontsize=7, color="#555555",
                       va="bottom")
+    for cut in panel.cuts:
+        axes.axvline(cut, color="#777777", linewidth=0.8, linestyle=":")
     for order, series in enumerate(panel.series):
         colour = PALETTE[series.colour % len(PALETTE)]
         dash = (None, (5, 2), (1.5, 2))[series.colour // len(PALETTE) % 3]

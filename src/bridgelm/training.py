@@ -28,6 +28,7 @@ from bridgelm.methods import METHODS, Method
 from bridgelm.methods.base import NEEDS
 from bridgelm.metrics import RunFolder
 from bridgelm.policy import Policy
+from bridgelm.probe import Probe
 from bridgelm.progress import Progress
 from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
@@ -59,6 +60,7 @@ class Session:
     best: dict[str, float] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
     stop: bool = False
+    probe: Probe | None = None
 
     @property
     def path(self) -> Path:
@@ -141,6 +143,8 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         data.load(state["data"])
         ledger.load(state["ledger"])
         session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
+    if config.diagnose.every:
+        session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step)
     folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters)
     return session
 
@@ -150,6 +154,7 @@ def _run(session: Session) -> None:
     with _stoppable(session):
         if session.step == 0:
             look(session)
+            probe(session)
         while session.step < config.steps:
             started = time.perf_counter()
             step_metrics = take_step(session)
@@ -157,6 +162,7 @@ def _run(session: Session) -> None:
             session.event("step", **step_metrics)
             if session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0):
                 look(session)
+            probe(session)
             due = config.checkpoint_every and session.step % config.checkpoint_every == 0
             if session.stop or due or session.step == config.steps:
                 save(session)
@@ -221,6 +227,12 @@ def look(session: Session) -> None:
     if session.step and found["accuracy"] > session.best.get("accuracy", -1.0):
         session.best = {"step": session.step, "accuracy": found["accuracy"]}
         checkpoint.save_model(session.policy, session.chat, session.path / "best")
+
+
+def probe(session: Session) -> None:
+    if session.probe and session.probe.due(session.step):
+        session.display.state("probing")
+        session.event("probe", phase=session.method.phase, **session.probe.take(session.step))
 
 
 def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:

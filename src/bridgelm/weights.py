@@ -10,7 +10,7 @@ reference), or `guide`, which is theta with a removable w.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,8 +136,15 @@ class Weights:
         if point == "live":
             yield self.model
             return
-        kept = {name: p.data for name, p in self.params.items()}
-        for name, weight in self.weights(point).items():
+        with self.holding(self.weights(point)) as model:
+            yield model
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:
+        """The model with these merged weights, for the length of the block; the point `live` within it is them."""
+        with self.at("live"):  # whatever is stale is rebuilt now, and not over them
+            kept = {name: p.data for name, p in self.params.items()}
+        for name, weight in weights.items():
             self.params[name].data = weight
         try:
             yield self.model

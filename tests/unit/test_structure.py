@@ -42,8 +42,9 @@ LAYERS = [
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy"],
     ["credit", "losses", "cooperation", "rollout"],
     ["methods"],
-    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "evaluation", "training", "training_*"],
-    ["analysis", "compare", "compare_*", "report", "report_*", "methods_info", "preflight"],
+    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "evaluation", "probe", "training",
+     "training_*"],
+    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]
 FREE = {"__init__", "__main__"}  # the package's front door reaches everything, lazily
@@ -242,7 +243,7 @@ def test_the_package_gives_what_it_lists() -> None:
         _ = bridgelm.nothing_such
 
 
-@pytest.mark.parametrize("name", ["compare", "report"])
+@pytest.mark.parametrize("name", ["compare", "diagnose", "report"])
 def test_a_module_does_not_hide_the_function_of_its_name(name: str) -> None:
     code = (f"import bridgelm, bridgelm.types, bridgelm.{name} as inner, sys\nfrom bridgelm import {name} as first\n"
             f"from bridgelm.{name} import {name} as real\n"

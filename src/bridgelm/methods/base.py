@@ -59,6 +59,10 @@ class Method(ABC):
     def phase(self) -> str:
         return self.options.name
 
+    def starts(self) -> list[int]:
+        """The steps (counted from 0) before which something new begins: the run, and each later stage."""
+        return [0]
+
     def setup(self, policy: Policy) -> None:
         """Declares optimisers and forks, before the first step and before a checkpoint is read."""
         policy.optimiser("theta")

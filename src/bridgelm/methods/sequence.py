@@ -54,6 +54,9 @@ class Sequence(Method):
     def phase(self) -> str:
         return self.stage.phase
 
+    def starts(self) -> list[int]:
+        return [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+
     def setup(self, policy: Policy) -> None:
         policy.config = self.stage.run.optim
         if any(not stage.fresh_reference for stage in self.options.stages) and "reference" not in policy.groups:

@@ -1,0 +1,200 @@
+"""The probes of `diagnose.every`: they leave the run as it is, and their numbers are those of plain formulas on the
+model's own logits, row by row, with autograd in the place of the policy's gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutants import mutate
+from torch import Tensor
+from transformer import wide_norm
+
+from bridgelm import probe as probe_module
+from bridgelm import training
+from bridgelm.batching import halves, make_batch
+from bridgelm.config import make_config
+from bridgelm.runs import Run
+from bridgelm.types import Row
+from tiny import raw_config
+
+STAGES = [{"method": {"name": "sft"}, "steps": 3}, {"method": {"name": "grpo"}}]
+COLD_START = {"name": "sequence", "stages": STAGES}
+PROBE = {"every": 2, "demos": 7, "problems": 5, "group": 4}
+
+
+@pytest.fixture(autouse=True)
+def _wide_norm() -> Iterator[None]:
+    with wide_norm():
+        yield
+
+
+def raw(folder: Path, method: dict[str, Any], name: str, probed: bool) -> dict[str, Any]:
+    """A reward that draws from the global generators, as a user's may: what a probe takes from them is given back."""
+    made = raw_config(folder, method, name=name, steps=5, diagnose=PROBE if probed else {})
+    reward = folder / "reward.py"
+    reward.write_text("import random\nimport numpy\n\ndef reward(prompts, completions, **columns):\n"
+                      "    return [float(random.random() + numpy.random.rand() > 1) for _ in completions]\n")
+    return {**made, "reward": {"verifier": "none", "functions": [f"{reward}:reward"]}}
+
+
+def course(run: Run, probes: bool) -> list[dict[str, Any]]:
+    """The events without what differs between any two runs: times, and here the cost of the probes."""
+    left_out = {"seconds", "flops/probe", "time/rollout", "time/update", "time/probe"}
+    return [{key: value for key, value in event.items() if key not in left_out} for event in run.events
+            if probes or event["event"] != "probe"]
+
+
+@pytest.mark.parametrize("method", [COLD_START, {"name": "bridge", "probe_every": 2}],
+                         ids=lambda m: m["name"])
+def test_a_run_is_the_same_bit_for_bit_with_and_without(tmp_path: Path, method: dict[str, Any]) -> None:
+    plain, probed = (training.train(make_config(raw(tmp_path, method, f"probed-{on}", on)), quiet=True)
+                     for on in (False, True))
+    assert course(plain, False) == course(probed, False)
+    weights = [(run.path / "final" / "model.safetensors").read_bytes() for run in (plain, probed)]
+    assert weights[0] == weights[1]
+    probes = [event for event in probed.events if event["event"] == "probe"]
+    assert [event["step"] for event in probes] == ([0, 2, 3, 4, 5] if method is COLD_START else [0, 2, 4, 5])
+    assert (probed.last("flops/probe") or 0) > 0 and plain.last("flops/probe") is None, "the cost has a line of its own"
+
+
+@pytest.mark.parametrize("stop", [3, 4], ids=["between stages", "mid-stage"])
+def test_a_resumed_run_takes_the_same_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    whole = training.train(make_config(raw(tmp_path, COLD_START, "whole", True)), quiet=True)
+    take_step = training.take_step
+
+    def stopped(session: Any) -> Any:
+        found = take_step(session)
+        session.stop = session.step == stop
+        return found
+
+    monkeypatch.setattr(training, "take_step", stopped)
+    with pytest.raises(training.Interrupted):
+        training.train(make_config(raw(tmp_path, COLD_START, "parts", True)), quiet=True)
+    monkeypatch.setattr(training, "take_step", take_step)
+    parts = training.resume(tmp_path / "runs" / "parts", quiet=True)
+    assert course(whole, True) == course(parts, True)
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+def logps(model: Any, row: Row) -> Tensor:
+    logits = model(torch.from_numpy(row.ids)[None]).logits[0].double() / row.temperature
+    return torch.log_softmax(logits[:-1], -1).gather(1, torch.from_numpy(row.ids[1:])[:, None])[:, 0]
+
+
+def of_own(values: Tensor, row: Row) -> Tensor:
+    return values[torch.from_numpy(row.own[1:])]
+
+
+def plain_gradient(model: Any, rows: list[Row], weights: list[float], tokens: int) -> tuple[Tensor, float]:
+    """Of - sum of weight x log pi over all own tokens / `tokens`, as one long vector; and its value."""
+    model.zero_grad()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    loss = -sum(w * of_own(logps(model, row), row).sum() for row, w in zip(rows, weights, strict=True)) / tokens
+    loss.backward()  # type: ignore[union-attr]
+    out = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return out, float(loss.detach())  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def moved(session: Callable[..., Any]) -> Any:
+    """A session whose weights have gone away from their start, with that start."""
+    made = session("joint", diagnose=PROBE, rollout={"temperature": 0.8, "prompts": 4, "group": 4, "max_new_tokens": 6})
+    start = {name: weight.clone() for name, weight in made.policy.weights("live").items()}
+    with torch.no_grad():
+        for i, t in enumerate(made.policy.groups["theta"].full.values()):
+            t += 0.05 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) + i).reshape(t.shape)
+    made.policy._stale = True
+    return made, start
+
+
+def expected(made: Any, start: dict[str, Tensor]) -> tuple[dict[str, float], list[Row]]:
+    sample = probe_module.draw_sample(made.data.splits, made.config)
+    demos = [made.roll.demo(problem, demo) for problem, demo in sample.demos]
+    made.roll.begin(probe_module.SALT)
+    drawn = made.roll(sample.problems, PROBE["group"])
+    model, parts = made.policy.model, {}
+    tokens = sum(int(row.own.sum()) for row in demos)
+    means = {row.group: np.mean([r.reward for r in drawn if r.group == row.group]) for row in drawn}
+    credit = [row.reward - means[row.group] for row in drawn]
+    drawn_tokens = sum(int(row.own.sum()) for row in drawn)
+    with made.policy.at("live"):
+        parts["sft"], ce = plain_gradient(model, demos, [1.0] * len(demos), tokens)
+        parts["rl"], _ = plain_gradient(model, drawn, credit, drawn_tokens)
+        for name, rows, weights, below in (("sft", demos, [1.0] * len(demos), tokens),
+                                           ("rl", drawn, credit, drawn_tokens)):
+            first = {id(row) for row in halves(make_batch(rows))[0].rows}
+            for half in (True, False):
+                kept = [i for i, row in enumerate(rows) if (id(row) in first) == half]
+                parts[f"{name}{half}"], _ = plain_gradient(model, [rows[i] for i in kept], [weights[i] for i in kept],
+                                                           below)
+        live = torch.cat([of_own(logps(model, row), row) for row in drawn]).detach()
+    with made.policy.holding(start):
+        before = torch.cat([of_own(logps(model, row), row) for row in drawn]).detach()
+    gone = torch.cat([(made.policy.weights("live")[n] - start[n]).flatten() for n in start]).norm()
+    size = torch.cat([t.flatten() for t in start.values()]).norm()
+    cosine = parts["sft"] @ parts["rl"] / (parts["sft"].norm() * parts["rl"].norm())
+    gap = before - live
+    values = {"demo_ce": ce, "cosine": cosine, "dot": parts["sft"] @ parts["rl"], "norm_sft": parts["sft"].norm(),
+              "norm_rl": parts["rl"].norm(), "square_sft": 4 * parts["sftTrue"] @ parts["sftFalse"],
+              "square_rl": 4 * parts["rlTrue"] @ parts["rlFalse"], "kl_start": (gap.exp() - 1 - gap).mean(),
+              "distance": gone, "distance_share": gone / size, "reward": np.mean([row.reward for row in drawn])}
+    return {name: float(value) for name, value in values.items()}, drawn
+
+
+def measured(made: Any, start: dict[str, Tensor], module: Any = probe_module) -> dict[str, float]:
+    sample = probe_module.draw_sample(made.data.splits, made.config)
+    return module.measure(made.policy, made.roll, sample, PROBE["group"], start)
+
+
+def wrong(found: dict[str, float], right: dict[str, float]) -> set[str]:
+    return {name for name, value in right.items() if not math.isclose(found[name], value, rel_tol=1e-7, abs_tol=1e-10)}
+
+
+def test_the_numbers_are_those_of_the_plain_formulas(moved: Any) -> None:
+    right, drawn = expected(*moved)
+    assert right["norm_rl"] > 0 and right["kl_start"] > 1e-3, "a case in which nothing is known would pass everything"
+    assert len({int(row.own.sum()) for row in drawn}) > 1
+    assert not wrong(measured(*moved), right)
+
+
+MUTANTS = {
+    "twice": (("square = 4 *", "square = 2 *"), {"square_sft", "square_rl"}),
+    "one half for both": (("policy.dot(first.theta, second.theta)", "policy.dot(first.theta, first.theta)"),
+                          {"square_sft", "square_rl"}),
+    "rewards for advantages": (("credit.with_advantages(drawn)", '[r.with_stream("pg", r.reward) for r in drawn]'),
+                               {"cosine", "dot", "norm_rl", "square_rl"}),
+    "RL's loss turned": (("gradient(policy, credit.with_advantages(drawn), \"pg\")",
+                          "gradient(policy, [r.with_stream(\"pg\", -r.streams[\"pg\"].weight) for r in "
+                          "credit.with_advantages(drawn)], \"pg\")"), {"cosine", "dot"}),
+    "the KL's other side": (("np.expm1(gap) - gap", "np.expm1(-gap) + gap"), {"kl_start"}),
+    "KL at the live weights": (("with policy.holding(start):", "if True:"), {"kl_start"}),
+    "a mean of the halves' losses": (("first.losses[name] + second.losses[name]", "first.losses[name]"), {"demo_ce"}),
+    "start in the place of live": (("moved += float((weight.double()", "moved += float((start[name].double()"),
+                                   {"distance", "distance_share"}),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_seen(moved: Any, name: str) -> None:
+    swap, seen = MUTANTS[name]
+    right, _ = expected(*moved)
+    assert wrong(measured(*moved, mutate(probe_module, (swap,))), right) == seen
+
+
+def test_the_sample_is_the_same_for_every_seed_and_held_out_where_it_can_be(session: Callable[..., Any]) -> None:
+    first, second = (session("sft", diagnose=PROBE, seed=seed) for seed in (0, 1))
+    a, b = (probe_module.draw_sample(s.data.splits, s.config) for s in (first, second))
+    assert a == b and not a.held and len(a.demos) == PROBE["demos"] and len(a.problems) == PROBE["problems"]
+    splits = first.data.splits
+    carrying = tuple(type(p)(p.id, p.messages, p.answer, splits.train[0].demos) for p in splits.validation)
+    held = probe_module.draw_sample(type(splits)(splits.train, (), carrying, splits.test), first.config)
+    assert held.held and {p.id for p, _ in held.demos} <= {p.id for p in carrying}
