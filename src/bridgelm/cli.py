@@ -60,7 +60,7 @@ def _add_training(commands: Any) -> None:
     compare.add_argument("file", type=Path, metavar="FILE", help="the TOML file that all methods share")
     _takes_overrides(compare)
     compare.add_argument("--methods", type=_names, required=True, metavar="A,B,...",
-                         help="methods, or recipes that lie beside FILE")
+                         help="methods, or recipes that lie beside FILE; `all` for every method")
     compare.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds of each method (default 3)")
     compare.add_argument("--jobs", type=_count, metavar="N",
                          help="runs at the same time (default: one a core; 1 on a GPU)")

@@ -15,6 +15,7 @@ from rich.text import Text
 from bridgelm import methods_info
 from bridgelm import report_text as text
 from bridgelm.analysis import Comparison, analyse, disagreement
+from bridgelm.compare_all import ALL, everything, with_layout
 from bridgelm.compare_runs import Job, train_all
 from bridgelm.config import RunConfig, load_config, make_config
 from bridgelm.errors import UserError
@@ -30,10 +31,11 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
     """Writes OUT/comparison.html, .md, .json and OUT/figures; returns the page's path.
 
     Each of `methods` is a recipe beside `base` (by its name), a path, or the name of a method, which then takes the
-    base's other settings. `base` itself is always in and is what the others are compared with. Finished runs in OUT
-    are kept, unfinished ones go on. `overrides` hold for all methods. `jobs`: runs at once, default one a core.
+    base's other settings; `all` stands for every registered method (compare_all.py). `base` itself is always in and is
+    what the others are compared with. Finished runs in OUT are kept, unfinished ones go on. `overrides` hold for all
+    methods. `jobs`: runs at once, default one a core.
     """
-    configs = resolve(base, methods, overrides)
+    configs, notes = resolve_all(base, methods, overrides)
     first = next(iter(configs))
     folder = Path(out) if out else Path(configs[first].out) / f"compare-{first}"
     numbers = range(seeds) if isinstance(seeds, int) else seeds
@@ -43,16 +45,24 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
     folder.mkdir(parents=True, exist_ok=True)
     train_all(plan, jobs or default_jobs(configs[first]), quiet)
     paths = [job.path for job in plan]
-    page = report(paths, folder, base=first, stem="comparison")
+    page = report(paths, folder, base=first, stem="comparison", notes=notes)
     if not quiet:
-        show(analyse([Run(path) for path in paths], first))
+        show(analyse([Run(path) for path in paths], first), notes=notes)
     return page
 
 
 def resolve(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str],
             overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
     """The configurations by label, the base first. All must agree on what a fair comparison holds fixed."""
+    return resolve_all(base, methods, overrides)[0]
+
+
+def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str],
+                overrides: Sequence[str] = ()) -> tuple[dict[str, RunConfig], list[str]]:
+    """The same, and what a reader should know: which of `all` methods were left out, and why."""
     if isinstance(base, str | Path):
+        if ALL in methods:
+            overrides = with_layout(base, overrides)
         own, beside = load_config(base, overrides), Path(base).parent
         label = Path(base).stem
     else:
@@ -60,7 +70,11 @@ def resolve(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
         label = own.name
         if overrides:
             raise UserError("compare: overrides go with a recipe file; change the configuration itself")
-    configs = {label: own}
+    configs, notes = {label: own}, list[str]()
+    if ALL in methods:
+        found, notes = everything(own, beside, overrides, lambda item, folder, sets: _find(item, own, folder, sets))
+        configs |= {name: config for name, config in found.items() if name != label}
+        methods = [item for item in methods if item != ALL and item not in configs]
     for item in methods:
         name = Path(item).stem if item.endswith((".toml", ".json")) else item
         if name == label:
@@ -72,7 +86,7 @@ def resolve(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
         if key:
             raise UserError(f"--methods: {item!r} has another {key} than {label!r}; a comparison needs the same model, "
                             "data, reward, rollout and eval")
-    return configs
+    return configs, notes
 
 
 def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -103,7 +117,7 @@ def default_jobs(config: RunConfig) -> int:
     return 1 if on_gpu else os.cpu_count() or 1
 
 
-def show(comparison: Comparison, console: Console | None = None) -> None:
+def show(comparison: Comparison, console: Console | None = None, notes: Sequence[str] = ()) -> None:
     """The small table at the end."""
     console = console or Console()
     table = Table(title="Accuracy in percent, with 95 % intervals", title_justify="left", title_style="bold", box=None,
@@ -119,5 +133,5 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
                       text.gap(claim, turned=True) if claim else "", short(cost["rollouts"]), short(cost["flops"]),
                       clock(cost["cpu_seconds"]))
     console.print(table)
-    for line in [text.lead(comparison), *comparison.notes]:
+    for line in [text.lead(comparison), *comparison.notes, *notes]:
         console.print(Text(line), highlight=False)

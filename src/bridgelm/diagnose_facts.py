@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pydantic import BaseModel
+
 from bridgelm import methods_info
 from bridgelm.analysis import Method, group
 from bridgelm.config import make_config, stage_steps
@@ -33,11 +35,11 @@ class Stage:
     kind: str  # SFT | RL | mixed | whole run
 
 
-def kind(method: str) -> str:
-    """By what the method says of itself: whether it draws answers, whether it imitates."""
-    form = methods_info.form(method)
-    rolls, imitates = form["rollout"] != "0", form["demo"] != "0"
-    return "mixed" if rolls and imitates else "RL" if rolls else "SFT"
+def kind(method: BaseModel) -> str:
+    """By what the method says of itself: whether it draws answers, and whether it needs somebody to imitate."""
+    if not methods_info.samples(method):
+        return "SFT"
+    return "mixed" if methods_info.needs_of(method) - {"val"} else "RL"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class History:
     def stages(self) -> list[Stage]:
         config = make_config(self.run.config, str(self.run.path))
         if not isinstance(config.method, SequenceOptions):
-            return [Stage(config.method.name, 0, config.steps, kind(config.method.name))]
+            return [Stage(config.method.name, 0, config.steps, kind(config.method))]
         ends = list(itertools.accumulate(stage_steps(config.method, config.steps)))
-        return [Stage(stage.method.name, start, end, kind(stage.method.name))
+        return [Stage(stage.method.name, start, end, kind(stage.method))
                 for stage, start, end in zip(config.method.stages, [0, *ends], ends)]
 
     @cached_property

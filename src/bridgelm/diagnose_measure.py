@@ -54,8 +54,8 @@ def measure_saved(run: Run) -> Path:
             engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
             found = measure(policy, Roller(policy, engine, chat, grader, config), sample, config.diagnose.group,
                             _start(config, there[start]))
-            rows.append({"step": step, "model": there[step] and Path(there[step]).name, "start": start,
-                         "held": sample.held, **found})
+            name = Path(folder).name if (folder := there[step]) else "start"
+            rows.append({"step": step, "model": name, "start": start, "held": sample.held, **found})
     path = run.path / AFTERWARDS
     path.write_text("".join(json.dumps(clean(row)) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from bridgelm.runs import Run
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None,
-           title: str | None = None, stem: str = "report") -> Path:
+           title: str | None = None, stem: str = "report", notes: Sequence[str] = ()) -> Path:
     """Write OUT/`stem`.html, .md, .json and OUT/figures; returns the page's path.
 
     `base` names the method that the others are compared with (default: the first BRIDGE). `out` defaults to the run's
-    own folder for one run, else to ./report.
+    own folder for one run, else to ./report. `notes` are said at the top.
     """
     comparison = analyse([Run(path) for path in runs], base)
+    comparison = replace(comparison, notes=(*comparison.notes, *notes))
     folder = Path(out) if out else Path(runs[0]) / "report" if len(runs) == 1 else Path("report")
     folder.mkdir(parents=True, exist_ok=True)
     title = title or default_title(comparison)

@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 import scipy.stats
 
+from bridgelm import compare_all, methods_info
 from bridgelm.analysis import analyse, group, judge
-from bridgelm.compare import compare, resolve
+from bridgelm.compare import compare, resolve, resolve_all
 from bridgelm.compare_runs import Tail
 from bridgelm.config import load_config, make_config
 from bridgelm.errors import UserError
@@ -462,6 +463,23 @@ def test_a_named_method_makes_as_many_rollouts_as_the_base():
     base = load_config(Path(__file__).parents[2] / "recipes/toy/cold_start.toml", ["name=mine"])
     found = resolve(base, ["joint", "cold_start"])
     assert {name: one.steps for name, one in found.items()} == {"mine": 280, "joint": 80, "cold_start": 160}
+
+
+def test_all_methods_are_compared_on_paired_data_and_those_left_out_are_named(tmp_path, monkeypatch):
+    place = Path(__file__).parents[2] / "recipes" / "toy"
+    names = {"cold_start" if name == "sequence" else name for name in methods_info.option_classes()}
+    configs, notes = resolve_all(place / "bridge.toml", ["all", "bridge_paper"], ["batch.demos=7"])
+    assert next(iter(configs)) == "bridge" and set(configs) == {*names, "bridge_paper"} and not notes
+    assert {(c.data.toy.layout, c.batch.demos) for c in configs.values()} == {("paired", 7)}
+    configs, notes = resolve_all(place / "bridge.toml", ["all"], ["steps=2"])
+    assert set(configs) == names and configs["cold_start"].steps == 4, "its defaults, where its recipe does not fit"
+    assert any(note.startswith("cold_start: its recipe does not fit these settings") for note in notes)
+    monkeypatch.setattr(compare_all, "data_facts", lambda config: frozenset({"demos", "paired_demos", "val"}))
+    monkeypatch.setattr(methods_info, "needs_of",
+                        lambda method: frozenset({"two_traces"} if method.name == "sft" else ()))
+    configs, notes = resolve_all(place / "grpo.toml", ["all"])
+    assert set(configs) == names - {"sft"}
+    assert notes == ["sft is left out: the data lacks two demonstrations of a problem"]
 
 
 def test_compare_refuses_to_mix_unequal_settings(tmp_path):

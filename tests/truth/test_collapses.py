@@ -1,0 +1,94 @@
+"""Where one method is said to be another: the same gradients, to rounding, handed to the optimiser through both files.
+
+Two real steps on the tiny world, each with gather, probe, terms and update; a method that collapses takes the other's
+course and not only its first step. A mutant of each file shows that the comparison can fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutants import Swaps, mutate
+from torch import Tensor
+from transformer import wide_norm
+
+from bridgelm import training
+from bridgelm.config import make_config
+from bridgelm.methods import METHODS, bridge, joint, token_lead
+from tiny import open_session, raw_config
+
+STEPS = 2
+Course = list[dict[str, Tensor]]
+FROZEN = {"name": "bridge", "beta": 1e-300}  # of Adam: w starts at B = 0 and is at 1e-300 after a step
+
+
+@pytest.fixture(autouse=True)
+def _wide_norm() -> Iterator[None]:
+    with wide_norm():
+        yield
+
+
+def course(folder: Path, method: dict[str, Any], **changes: Any) -> Course:
+    """What each of the steps hands to theta's optimiser."""
+    session = open_session(make_config(raw_config(folder, method, steps=STEPS, **changes)))
+    apply, handed = session.policy.apply, []
+
+    def spy(name: str, gradient: Any, *args: Any, **options: Any) -> float:
+        if name == "theta":
+            handed.append({key: value.detach().clone() for key, value in gradient.items()})
+        return apply(name, gradient, *args, **options)
+
+    session.policy.apply = spy
+    for _ in range(STEPS):
+        training.take_step(session)
+    session.folder.close()
+    session.roll.grader.close()
+    return handed
+
+
+def differ(first: Course, second: Course) -> float:
+    """The largest difference, as a share of the largest gradient of its step."""
+    assert len(first) == len(second) == STEPS
+    gaps = []
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        size = max(float(value.abs().max()) for value in b.values())
+        assert size > 0, "two methods that both do nothing would agree"
+        gaps.append(max(float((a[key] - b[key]).abs().max()) for key in a) / size)
+    return max(gaps)
+
+
+COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "joint at mu 0 is grpo": ({"name": "joint", "mu": 0.0}, {"name": "grpo"}),
+    "bridge at lambda 0, w frozen, is sft": ({**FROZEN, "lambda": 0.0}, {"name": "sft"}),
+    "bridge at lambda 1, w frozen, is grpo": ({**FROZEN, "lambda": 1.0}, {"name": "grpo"}),
+    "bridge at lambda 1/4, w frozen, is joint at mu 3": ({**FROZEN, "lambda": 0.25}, {"name": "joint", "mu": 3.0}),
+    "token_lead with flat weights is joint": ({"name": "token_lead", "eta": 0.0, "mu": 0.7},
+                                              {"name": "joint", "mu": 0.7}),
+}
+MIX = "grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+MUTANTS: dict[str, tuple[Any, Swaps]] = {
+    "joint at mu 0 is grpo": (joint, (('{"nll": scale * mu}', '{"nll": scale * (mu + 1e-3)}'),)),
+    "bridge at lambda 0, w frozen, is sft": (bridge, ((MIX, "grads.mix((1.0, sft.theta), (1.0, rl.theta))"),)),
+    "bridge at lambda 1/4, w frozen, is joint at mu 3":
+        (bridge, ((MIX, "grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),)),
+    "token_lead with flat weights is joint": (token_lead, (("np.exp(o.eta * ", "np.exp((o.eta + .1) * "),)),
+}
+
+
+@pytest.mark.parametrize("claim", COLLAPSES)
+def test_one_method_is_another(tmp_path: Path, claim: str) -> None:
+    one, other = (course(tmp_path / str(i), method) for i, method in enumerate(COLLAPSES[claim]))
+    assert differ(one, other) < 1e-9
+
+
+@pytest.mark.parametrize("claim", MUTANTS)
+def test_a_mutant_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: str) -> None:
+    module, swaps = MUTANTS[claim]
+    name = COLLAPSES[claim][0]["name"]
+    monkeypatch.setitem(METHODS, name, getattr(mutate(module, swaps), METHODS[name].__name__))
+    one, other = (course(tmp_path / str(i), method) for i, method in enumerate(COLLAPSES[claim]))
+    assert differ(one, other) > 1e-6
