@@ -40,6 +40,9 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "bridge": lambda method, sft, policy, step: of_bridge(1 - method.lam(0), sft, policy),
     "bridge_leaky": lambda method, sft, policy, step: of_bridge(1 - method.options.lam, sft, policy),
     "bridge_dial": lambda method, sft, policy, step: of_bridge(1 - method.lam, sft, policy),
+    "trapo": lambda method, sft, policy, step: of_theta(1.0, sft),  # of the prefixes, if the prompts failed
+    "sasr": lambda method, sft, policy, step: of_theta(method.p if method.imitating else 0.0, sft),
+    "amft": lambda method, sft, policy, step: of_theta(method.mu, sft),
     # The RL step does not move, so SFT follows from the same point.
     # With demonstrations of failed problems only; nothing at all where all pass.
     "interleaved": lambda method, sft, policy, step: {"theta_sft": sft.theta},

@@ -22,7 +22,7 @@ from bridgelm.options import MethodOptions
 from bridgelm.types import Grade, Live, Micro, Row, Verdict
 
 from .limits import LIMITS
-from .variants import METHOD, VARIANTS, sections
+from .variants import LATE, METHOD, VARIANTS, sections
 
 Make = Callable[..., Any]
 
@@ -180,7 +180,7 @@ def flat(session: Make, request: pytest.FixtureRequest) -> Iterator[Any]:
     made = session(FLAT[name], **sections(name), rollout={"group": 6})
     made.roll.grader.close()
     made.roll.grader = Constant(reward)
-    if made.method.options.name == "sequence":
+    if made.method.options.name in LATE:
         for _ in range(2):
             training.take_step(made)
     return made

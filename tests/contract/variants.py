@@ -26,6 +26,10 @@ METHOD: dict[str, dict[str, Any]] = {
     "interleaved": {"name": "interleaved"},
     "data_mixing": {"name": "data_mixing", "buffer": 20},
     "shuffle_r1": {"name": "shuffle_r1", "draws": 3, "keep": 1.0},
+    "trapo": {"name": "trapo", "entropy_coef": 0.0},
+    # With the draws of seed 0: SFT in the second step, GRPO after it.
+    "sasr": {"name": "sasr", "warmup": 0.25, "gamma": 9.0, "rl": {"kl_coef": 0.0}},
+    "amft": {"name": "amft", "warmup": 0.25, "every": 1, "problems": 2, "eta": 0.1, "eta_entropy": 0.0},
 }
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
@@ -60,6 +64,12 @@ READINGS: dict[str, dict[str, Any]] = {
         {"method": {"name": "shuffle_r1", "method": {"name": "joint", "rl": {"aggregate": "row"}}, "draws": 2}}]},
     "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
     "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
+    "trapo, paper's table with a reference": {"name": "trapo", "table": "paper", "baseline": "own",
+                                              "rl": {"kl_coef": 0.1, "aggregate": "row"}},
+    "sasr with a reference and probes": {"name": "sasr", "warmup": 0.25, "gamma": 9.0, "probe_every": 1},
+    "sasr, blend": {"name": "sasr", "warmup": 0.25, "rule": "blend", "denominator": "grpo", "rl": {"kl_coef": 0.0}},
+    "amft in Adam's metric": {"name": "amft", "warmup": 0.0, "every": 2, "problems": 2, "metric": "adam",
+                              "eta_entropy": 0.05, "rl": {"kl_coef": 0.1}},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],
@@ -68,6 +78,7 @@ LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | 
         {"method": {"name": "grpo", "rl": {"kl_coef": 0.1}}}]},
 }
 VARIANTS = METHOD | READINGS | LORA
+LATE = {"sequence", "sasr", "amft"}  # their first two steps have no rollouts
 
 
 def sections(name: str) -> dict[str, Any]:

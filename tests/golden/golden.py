@@ -44,10 +44,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "interleaved": {"name": "interleaved"},
     "data_mixing": {"name": "data_mixing", "buffer": 20, "rl_weight": 0.5},
     "shuffle_r1": {"name": "shuffle_r1", "draws": 3},
+    "trapo": {"name": "trapo"},
+    "amft": {"name": "amft", "warmup": 0.34, "every": 2, "problems": 2, "eta": 0.1},
+    "sasr": {"name": "sasr", "warmup": 0.34, "gamma": 12.0},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
-        "interleaved/", "mixing/", "shuffle_r1/",
+        "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/",
         "reward", "lr")
 
 

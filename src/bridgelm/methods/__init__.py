@@ -1,6 +1,7 @@
 """The registry: one line a method."""
 
 from bridgelm.methods.alternate import Alternate
+from bridgelm.methods.amft import Amft
 from bridgelm.methods.barrier import Barrier
 from bridgelm.methods.base import Method
 from bridgelm.methods.bridge import Bridge
@@ -12,10 +13,12 @@ from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.guide import Guide
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
+from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
 from bridgelm.methods.shuffle_r1 import ShuffleR1
 from bridgelm.methods.token_lead import TokenLead
+from bridgelm.methods.trapo import Trapo
 
 METHODS: dict[str, type[Method]] = {
     "sft": Sft,
@@ -33,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
     "interleaved": Interleaved,
     "data_mixing": DataMixing,
     "shuffle_r1": ShuffleR1,
+    "trapo": Trapo,
+    "sasr": Sasr,
+    "amft": Amft,
 }
 
 __all__ = ["METHODS", "Method"]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bridgelm.options.adaptive import AmftOptions, SasrOptions, TrapoOptions
 from bridgelm.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict
 from bridgelm.options.core import (
     BRIDGE_PRESETS,
@@ -29,7 +30,7 @@ __all__ = ["BRIDGE_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
-                 | Shaping)
+                 | Shaping | TrapoOptions | SasrOptions | AmftOptions)
 
 
 class ShuffleR1Options(PairShuffle):
