@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -52,6 +52,24 @@ def with_advantages(rows: Sequence[Row], std: bool = False, norm: Norm = "token"
     return out
 
 
+def group_advantages(rows: Sequence[Row], std: bool = False,
+                     baseline: Callable[[Row], bool] | None = None) -> dict[int, float]:
+    """The advantage of every graded row, by index, in groups with two or more of them. `baseline` says whose rewards
+    the group's mean and deviation are taken over: all of them unless given; without any the group is left out."""
+    found: dict[int, float] = {}
+    for group in groups_of(rows):
+        rewards = np.array([rows[i].reward for i in group], dtype=np.float64)
+        base = rewards if baseline is None else rewards[[baseline(rows[i]) for i in group]]
+        if len(group) < 2 or not len(base):
+            continue
+        first = base[0]  # exactly zero for equal rewards
+        advantages = rewards - (first + (base - first).mean())
+        if std and np.ptp(base):  # a part of a group that is flat has no deviation to divide the others by
+            advantages = advantages / (base.std(ddof=0) + 1e-6)
+        found |= dict(zip(group, advantages.tolist(), strict=True))
+    return found
+
+
 def spread(rows: Sequence[Row]) -> dict[int, bool]:
     """Whether a group's rewards differ, which is what it can teach with."""
     return {rows[g[0]].group: len({rows[i].reward for i in g}) > 1 for g in groups_of(rows) if g}
@@ -64,6 +82,13 @@ def schedule(kind: str, start: float, end: float, progress: float) -> float:
         return start
     share = progress if kind == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
     return start + (end - start) * share
+
+
+def warm_cosine(step: int, warmup: int, decay: int, peak: float, valley: float) -> float:
+    """From 0 to `peak` in `warmup` steps, along a cosine to `valley` in `decay` more, and there it stays."""
+    if step < warmup:
+        return peak * step / warmup
+    return schedule("cosine", peak, valley, (step - warmup) / decay if step < warmup + decay else 1.0)
 
 
 def rate_factor(kind: str, warmup: int, final: float, step: int, steps: int) -> float:

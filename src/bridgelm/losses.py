@@ -17,10 +17,27 @@ def prob_weight(logp_BT: Tensor, alpha: float = 1.0) -> Tensor:
     return (logp_BT.detach() - math.log(alpha)).clamp(max=0.0).exp()
 
 
+def token_weight(logp_BT: Tensor, kind: str) -> Tensor:
+    """A constant factor of a token's loss, by its probability p: 1 (`plain`), p (1 - p) (`phi`), or p (`p`)."""
+    p_BT = prob_weight(logp_BT)
+    return {"plain": lambda: p_BT.new_ones(()), "phi": lambda: p_BT * (1 - p_BT), "p": lambda: p_BT}[kind]()
+
+
 def pg_clip(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, low: float, high: float) -> Tensor:
     """PPO's clipped surrogate; the weight is the advantage."""
     ratio = (logp_BT - old_BT).exp()
     return -(weight_BT * ratio).minimum(weight_BT * ratio.clamp(1 - low, 1 + high))
+
+
+def pg(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """-A ratio, without a clip: no token ever loses its gradient."""
+    return -weight_BT * (logp_BT - old_BT).exp()
+
+
+def shaped(logp_BT: Tensor, weight_BT: Tensor, shape: float) -> Tensor:
+    """-A p / (p + shape), with the gradient through p: the weight on grad log pi is A shape p / (p + shape)^2. It peaks
+    at p = shape, at a quarter of an on-policy token's."""
+    return -weight_BT * (logp_BT - math.log(shape)).sigmoid()
 
 
 def pg_truncate(logp_BT: Tensor, old_BT: Tensor, weight_BT: Tensor, cap: float) -> Tensor:

@@ -7,7 +7,7 @@ dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Grads:
     w: Gradient
     losses: dict[str, float]
     logps: dict[int, np.ndarray]
+    entropies: dict[int, np.ndarray] = field(default_factory=dict)  # of the same rows, where they were asked for
 
 
 @dataclass
@@ -115,6 +116,8 @@ class Policy(Weights):
                 for n, value in parts.items():
                     out.losses[n] += float(value.detach())
                 self._keep(out.logps, indices, rows, live.logp_BT)
+                if live.entropy_BT is not None:
+                    self._keep(out.entropies, indices, rows, live.entropy_BT)
                 self.ledger.train += sum(len(row.ids) for row in rows)
         return out
 
@@ -128,10 +131,10 @@ class Policy(Weights):
                 p.grad = None
 
     @staticmethod
-    def _keep(logps: dict[int, np.ndarray], indices: list[int], rows: list[Row], logp_BT: Tensor) -> None:
-        values = logp_BT.detach().double().cpu().numpy()
+    def _keep(into: dict[int, np.ndarray], indices: list[int], rows: list[Row], values_BT: Tensor) -> None:
+        values = values_BT.detach().double().cpu().numpy()
         for b, (i, row) in enumerate(zip(indices, rows, strict=True)):
-            logps[i] = values[b, :len(row.ids)]
+            into[i] = values[b, :len(row.ids)]
 
     @torch.no_grad()
     def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:

@@ -35,6 +35,9 @@ def wrapped(method: Any, sft: Grads, policy: Policy, step: int) -> Wanted:
 
 LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
+    "chord": lambda method, sft, policy, step: of_theta(method.mu(step), sft),
+    # The prior is above the start, by more than the first step may go.
+    "gac": lambda method, sft, policy, step: of_theta(method.options.start + method.options.cap, sft),
     "token_lead": lambda method, sft, policy, step: joint(method.options.mu, sft),
     "barrier": lambda method, sft, policy, step: of_theta(1 / (1 + method.options.eta), sft),
     "bridge": lambda method, sft, policy, step: of_bridge(1 - method.lam(0), sft, policy),

@@ -132,7 +132,7 @@ def test_terms_read_only_streams_that_exist_and_weights_are_constants(bench: Ben
                 t.requires_grad_()
             for terms in readers:
                 leaf = (micro.old_BT.detach() + 0.1).requires_grad_()
-                found = terms(micro, Live(leaf))
+                found = terms(micro, Live(leaf, 0.3 * micro.own_BT.double()))
                 assert set(found) <= set(micro.weight)
                 for name, value in found.items():
                     assert value.shape == micro.ids_BT.shape
@@ -140,7 +140,8 @@ def test_terms_read_only_streams_that_exist_and_weights_are_constants(bench: Ben
                     assert not (value.detach() * micro.scale[name])[~micro.own_BT].any()
 
 
-@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if "demos" in cls.needs or name == "sequence"])
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items()
+                                  if cls.needs & {"demos", "paired_demos"} or name == "sequence"])
 def test_unmet_needs_are_refused_before_the_model_is_loaded(name: str, raw: Make, monkeypatch: pytest.MonkeyPatch,
                                                             tmp_path: Any) -> None:
     from tiny import write_data
@@ -198,16 +199,16 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
     batch = make_batch(rows)
     assert batch.counts["pg"] > 0, "a zero advantage still counts"
     method = getattr(session.method, "stage", session.method)
-    found = policy.grad(method.terms, batch, {"pg": 1.0})
+    found = policy.grad(method.terms, batch, {"pg": 1.0}, entropy=True)
     assert not any(g.any() for g in (*found.theta.values(), *found.w.values()))
     assert found.losses == {"pg": 0.0}
     nothing = {k: torch.zeros_like(g) for k, g in found.theta.items()}
-    # Each method's own limit: what is left when RL has nothing to say (a KL term stays, and is left out here).
-    if "kl" in batch.counts:
+    # Each method's own limit: what is left when RL has nothing to say (KL and entropy stay, and are left out here).
+    if {"kl", "entropy"} & batch.counts.keys():
         return
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
     if method.options.name in LIMITS:
-        sft = policy.grad(method.terms, batch, {"nll": 1.0})
+        sft = policy.grad(method.terms, batch, {"nll": 1.0}, entropy=True)
         wanted |= LIMITS[method.options.name](method, sft, policy, session.step)
     seen: dict[str, grads.Gradient] = {}
     apply = type(policy).apply

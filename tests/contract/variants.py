@@ -30,6 +30,9 @@ METHOD: dict[str, dict[str, Any]] = {
     # With the draws of seed 0: SFT in the second step, GRPO after it.
     "sasr": {"name": "sasr", "warmup": 0.25, "gamma": 9.0, "rl": {"kl_coef": 0.0}},
     "amft": {"name": "amft", "warmup": 0.25, "every": 1, "problems": 2, "eta": 0.1, "eta_entropy": 0.0},
+    "luffy": {"name": "luffy"},
+    "chord": {"name": "chord", "mu": 0.6, "mu_end": 0.1, "decay": 4},
+    "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 4},
 }
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},

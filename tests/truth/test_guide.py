@@ -23,7 +23,7 @@ from ratios import ANSWERS, JOINT_2, PROBLEM, SHADOW_2, logp_2, prob, row, slope
 from torch import Tensor
 from transformer import VOCABULARY, all_logps, build, merged, spread, wide_norm
 
-from bridgelm import batching
+from bridgelm import batching, losses
 from bridgelm.config import OptimConfig
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
@@ -575,7 +575,10 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
         "equations",
     ),
     "successes truncated like failures": (
-        ((FAILURES, FAILURES.replace(".clamp(max=0)", "")), ("shaped(logp_BT, weight", "0 * shaped(logp_BT, weight")),
+        (
+            (FAILURES, FAILURES.replace(".clamp(max=0)", "")),
+            ("losses.shaped(logp_BT, weight", "0 * losses.shaped(logp_BT, weight"),
+        ),
         "equations",
     ),
     "failures shaped like successes": (
@@ -586,14 +589,7 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
         ((", o.shape) + failures", ", o.shape)"), ("            failures = ", "            _ = ")),
         "equations",
     ),
-    "successes left out": ((('out["guided"] = shaped', 'out["guided"] = 0 * shaped'),), "equations"),
-    "p is a constant": (
-        ((SHAPED, "-weight_BT * (logp_BT - math.log(shape)).sigmoid().detach() * logp_BT"),),
-        "equations",
-    ),
-    "p over p plus one": (((SHAPED, "-weight_BT * logp_BT.sigmoid()"),), "equations"),
-    "shape p instead of p": (((SHAPED, "-weight_BT * (logp_BT + math.log(shape)).sigmoid()"),), "equations"),
-    "shaped weight reversed": (((SHAPED, SHAPED[1:]),), "equations"),
+    "successes left out": ((('out["guided"] = losses', 'out["guided"] = 0 * losses'),), "equations"),
     "no cap": ((("clamp(max=0), o.ratio_cap", "clamp(max=0), 1e9"),), "equations"),
     # (2)
     "baseline of both halves": (((BASE, "theta, rows = mean_rewards([*own, *led]), list(own)"),), "lead_is_unbiased"),
@@ -668,6 +664,13 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
     "the mean is not kept": ((('self.mean, self.peak = state["mean"], state["peak"]', "pass"),), "annealing"),
 }
 
+OF_LOSSES: dict[str, Swaps] = {
+    "p is a constant": ((SHAPED, "-weight_BT * (logp_BT - math.log(shape)).sigmoid().detach() * logp_BT"),),
+    "p over p plus one": ((SHAPED, "-weight_BT * logp_BT.sigmoid()"),),
+    "shape p instead of p": ((SHAPED, "-weight_BT * (logp_BT + math.log(shape)).sigmoid()"),),
+    "shaped weight reversed": ((SHAPED, SHAPED[1:]),),
+}
+
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_seen(name: str) -> None:
@@ -675,6 +678,14 @@ def test_mutant_is_seen(name: str) -> None:
     wrong = mutate(guide_module, swaps, "mutant")
     with pytest.raises(AssertionError):
         CHECKS[check](wrong)
+
+
+@pytest.mark.parametrize("name", OF_LOSSES)
+def test_mutant_of_the_shaped_loss_is_seen(name: str) -> None:
+    wrong = mutate(guide_module, (), "mutant")
+    wrong.losses = mutate(losses, OF_LOSSES[name], "mutant")  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError):
+        equations(wrong)
 
 
 # -- numbers that the note leans on ------------------------------------------------------------------------------------
@@ -693,7 +704,7 @@ def test_the_shaped_weight_and_what_the_exact_ratio_would_give() -> None:
 
     def weight(p: float, shape: float) -> float:
         logp = torch.tensor(math.log(p), dtype=torch.float64, requires_grad=True)
-        loss = guide_module.shaped(logp, torch.tensor(1.0, dtype=torch.float64), shape)
+        loss = losses.shaped(logp, torch.tensor(1.0, dtype=torch.float64), shape)
         return -float(torch.autograd.grad(loss, logp)[0])
 
     for shape, p in itertools.product((0.05, 0.1, 0.7), (1e-6, 1e-3, 0.02, 0.1, 0.4, 0.999)):

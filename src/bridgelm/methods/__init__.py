@@ -7,12 +7,15 @@ from bridgelm.methods.base import Method
 from bridgelm.methods.bridge import Bridge
 from bridgelm.methods.bridge_dial import BridgeDial
 from bridgelm.methods.bridge_leaky import BridgeLeaky
+from bridgelm.methods.chord import Chord
 from bridgelm.methods.data_mixing import DataMixing
 from bridgelm.methods.dft import Dft
+from bridgelm.methods.gac import Gac
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.guide import Guide
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
+from bridgelm.methods.luffy import Luffy
 from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
@@ -39,6 +42,9 @@ METHODS: dict[str, type[Method]] = {
     "trapo": Trapo,
     "sasr": Sasr,
     "amft": Amft,
+    "luffy": Luffy,
+    "chord": Chord,
+    "gac": Gac,
 }
 
 __all__ = ["METHODS", "Method"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -137,10 +138,27 @@ def rl_rows(data: Data, roll: Roller, rl: PolicyGradient, run: RunConfig) -> lis
 
 def credited(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig) -> list[Row]:
     rows = credit.with_advantages(rows, rl.std, rl.aggregate, run.rollout.max_new_tokens, run.rollout.mask_overlong)
-    if rl.kl_coef > 0:
-        rows = [row.with_stream("kl", 1.0, rl.aggregate, run.rollout.max_new_tokens) if "pg" in row.streams else row
-                for row in roll.reference(rows)]
-    return rows
+    return with_kl(rows, roll, rl, run)
+
+
+def with_kl(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig) -> list[Row]:
+    """KL to the reference is estimated on what the policy drew: a demonstration in a group has no part in it."""
+    if rl.kl_coef == 0:
+        return rows
+    return [row.with_stream("kl", 1.0, rl.aggregate, run.rollout.max_new_tokens)
+            if "pg" in row.streams and row.at != "expert" else row for row in roll.reference(rows)]
+
+
+def experts(rows: Sequence[Row], roll: Roller, run: RunConfig, step: int, count: int = 1) -> list[Row]:
+    """For every group of `rows`, `count` of its problem's own demonstrations as further members, graded as rollouts
+    are. Which of several is a draw of its own in every step."""
+    pairs, numbers = [], []
+    for number, problem in {row.group: row.problem for row in rows}.items():
+        draws = np.random.default_rng([run.seed % 2**63, step, number, zlib.crc32(b"experts")])
+        for i in sorted(draws.permutation(len(problem.demos))[:count]):
+            pairs.append((problem, problem.demos[i]))
+            numbers.append(number)
+    return roll.experts(pairs, numbers) if pairs else []
 
 
 def rl_terms(batch: Micro, live: Live, rl: PolicyGradient) -> dict[str, Tensor]:

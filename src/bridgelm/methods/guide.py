@@ -119,7 +119,7 @@ class Guide(Method):
         out = rl_terms(batch, live, o.rl) | sft_terms(batch, live)
         if "guided" in batch:
             failures = losses.pg_truncate(logp_BT, batch.old_BT, weight["guided"].clamp(max=0), o.ratio_cap)
-            out["guided"] = shaped(logp_BT, weight["guided"].clamp(min=0), o.shape) + failures
+            out["guided"] = losses.shaped(logp_BT, weight["guided"].clamp(min=0), o.shape) + failures
         if "lead" in batch:
             out["lead"] = losses.pg_clip(logp_BT, batch.old_BT, weight["lead"], o.rl.clip_low, o.rl.clip_high)
         if "tie" in batch:
@@ -150,11 +150,6 @@ class Guide(Method):
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.mean, self.peak = state["mean"], state["peak"]
-
-
-def shaped(logp_BT: Tensor, weight_BT: Tensor, shape: float) -> Tensor:
-    """-A p / (p + shape): what is learnt of a token peaks at p = shape, at a quarter of an on-policy token's weight."""
-    return -weight_BT * (logp_BT - math.log(shape)).sigmoid()
 
 
 def half_square(row: Row) -> np.ndarray:

@@ -22,15 +22,16 @@ from bridgelm.options.core import (
     SftOptions,
     TokenLeadOptions,
 )
+from bridgelm.options.mixed import CHORD_PRESETS, Mixed
 from bridgelm.options.offline import DftOptions
 from bridgelm.options.shaping import PairShuffle, Shaping
 
-__all__ = ["BRIDGE_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions", "Shadowed",
-           "Share", "SingleOptions", "Stage", "Strict"]
+__all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions",
+           "Shadowed", "Share", "SingleOptions", "Stage", "Strict"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
-                 | Shaping | TrapoOptions | SasrOptions | AmftOptions)
+                 | Shaping | TrapoOptions | SasrOptions | AmftOptions | Mixed)
 
 
 class ShuffleR1Options(PairShuffle):
