@@ -44,6 +44,8 @@ def raw(tmp_path: Path, tiny_folder: Callable[..., Path]) -> Callable[..., dict[
     def make(method: dict[str, Any] | str = "grpo", folder: Path | None = None, **changes: Any) -> dict[str, Any]:
         made = raw_config(folder or tmp_path, {"name": method} if isinstance(method, str) else method, tiny_folder())
         for key, value in changes.items():
+            if key == "teacher" and value["name_or_path"] in ("qwen2", "llama"):  # a kind of tiny model
+                value = {**value, "name_or_path": str(tiny_folder(value["name_or_path"]))}
             made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
         return made
     return make

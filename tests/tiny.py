@@ -122,4 +122,6 @@ def open_session(config: Any, exact: bool = True) -> Any:
                                 Progress(config.name, config.steps, quiet=True))
     if exact:
         exact_norms(session.policy.model)
+        if session.roll.teacher is not None:
+            exact_norms(session.roll.teacher.model)
     return session

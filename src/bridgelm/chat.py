@@ -25,7 +25,7 @@ GENERIC_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 TOY = "toy:"
 
 
-def model_path(name: str) -> str:
+def model_path(name: str, section: str = "model") -> str:
     """A model's folder or hub name; `toy:base` and `toy:teacher` are the folders that travel in the package."""
     if not name.startswith(TOY):
         return str(Path(name).expanduser()) if name.startswith("~") else name
@@ -34,37 +34,38 @@ def model_path(name: str) -> str:
     try:
         return str(toy.model_path(name.removeprefix(TOY)))
     except ValueError as error:
-        raise UserError(f"model.name_or_path: {name!r}: {error}") from None
+        raise UserError(f"{section}.name_or_path: {name!r}: {error}") from None
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of a model, checked for what training needs: a pad token, an end token and a chat template."""
-    path = model_path(model.name_or_path)
+    path, section = model_path(model.name_or_path, model.section), model.section
     try:
         tokenizer = _open_tokenizer(path, model.revision)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"model.name_or_path: no tokenizer in {path!r} ({reason}); give a Hugging Face folder or hub "
-                        "name with tokenizer files") from None
+        raise UserError(f"{section}.name_or_path: no tokenizer in {path!r} ({reason}); give a Hugging Face folder or "
+                        "hub name with tokenizer files") from None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.name_or_path: the tokenizer of {path!r} has neither a pad nor an eos token; set "
-                            "pad_token in its tokenizer_config.json")
+            raise UserError(f"{section}.name_or_path: the tokenizer of {path!r} has neither a pad nor an eos token; "
+                            "set pad_token in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token  # EOS stays a trained target: masks never look at pad ids
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"model.chat_template: {model.chat_template} cannot be read ({error.strerror})") from None
+            raise UserError(f"{section}.chat_template: {model.chat_template} cannot be read "
+                            f"({error.strerror})") from None
     if not tokenizer.chat_template:
-        raise UserError(f"model.name_or_path: the tokenizer of {path!r} has no chat template; point "
-                        "model.chat_template at a Jinja file")
+        raise UserError(f"{section}.name_or_path: the tokenizer of {path!r} has no chat template; point "
+                        f"{section}.chat_template at a Jinja file")
     return tokenizer
 
 
 def load_chat(model: ModelConfig) -> Chat:
     """Tokenizer, system prompt and the model's own end tokens together."""
-    return Chat(load_tokenizer(model), model.system_prompt, generation_eos(model))
+    return Chat(load_tokenizer(model), model.system_prompt, generation_eos(model), model.section)
 
 
 def generation_eos(model: ModelConfig) -> tuple[int, ...]:
@@ -104,8 +105,9 @@ class Chat:
     generation prompt already opens a think block, so that a completion starts inside it.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str | None = None, eos_ids: Iterable[int] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, system_prompt: str | None = None, eos_ids: Iterable[int] = (),
+                 section: str = "model"):
+        self.tokenizer, self.section = tokenizer, section
         self.system_prompt = system_prompt
         self.pad_id: int = tokenizer.pad_token_id
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -117,8 +119,8 @@ class Chat:
         own_eos = tokenizer.eos_token_id
         stops = tuple(eos_ids) or (() if own_eos is None else (own_eos,))
         if not stops:
-            raise UserError("model.name_or_path: the tokenizer has no eos token and there is no generation_config.json "
-                            "that names one; set eos_token in tokenizer_config.json")
+            raise UserError(f"{section}.name_or_path: the tokenizer has no eos token and there is no "
+                            "generation_config.json that names one; set eos_token in tokenizer_config.json")
         closer = self._closing_token()
         # The model is known to emit its own end tokens; the template's closer may be an untrained row of a base model.
         self.eos_id: int = next((i for i in (closer, own_eos) if i is not None and i in stops), stops[0])
@@ -139,6 +141,10 @@ class Chat:
         written = self._encode(self._pieces(self._demo_text(demo.text)))
         ids = np.concatenate([prompt, np.asarray([*written, self.eos_id], dtype=np.int64)])
         return ids, np.arange(len(ids)) >= len(prompt)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text alone, control tokens in it taken for what they are."""
+        return np.asarray(self._call(text, False), dtype=np.int64)
 
     def turn(self, ids: Sequence[int] | np.ndarray) -> str:
         """The whole of the assistant's turn, as a grader reads it: with the think block that the prompt opened."""
@@ -165,7 +171,8 @@ class Chat:
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"chat template: it refuses a conversation of {roles} ({error}); change the messages or "
-                            "model.system_prompt, or give another template as model.chat_template") from None
+                            f"{self.section}.system_prompt, or give another template as "
+                            f"{self.section}.chat_template") from None
 
     def _closing_token(self) -> int | None:
         """The first control token that the template writes after an assistant's text."""

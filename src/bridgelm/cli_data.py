@@ -5,17 +5,20 @@ from __future__ import annotations
 from bridgelm import methods_info
 from bridgelm.chat import load_chat
 from bridgelm.config import RunConfig
-from bridgelm.data import Data, check_lengths, load_splits
+from bridgelm.data import Data, check_lengths, load_splits, with_teacher
 from bridgelm.errors import UserError
+from bridgelm.teacher_ids import Reader
 
 
 def check_data(config: RunConfig) -> str:
     """What was found, in a few lines."""
     chat = load_chat(config.model)
     splits = check_lengths(load_splits(config), chat, config)
-    facts = Data(splits, config.seed).facts()
+    facts = with_teacher(Data(splits, config.seed).facts(), config)
     for need in sorted(methods_info.needs_of(config.method) - facts):
         raise UserError(f"method {config.method.name}: the data lacks {methods_info.remedy(need)}")
+    if config.teacher is not None:
+        Reader.of(config, chat)  # refuses a teacher of another tokenizer
     lines = []
     for role in ("train", "demos", "validation", "test", "hard"):
         problems = getattr(splits, role)

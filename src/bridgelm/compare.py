@@ -20,6 +20,7 @@ from bridgelm.compare_runs import Job, train_all
 from bridgelm.config import RunConfig, load_config, make_config
 from bridgelm.errors import UserError
 from bridgelm.metrics import check_sinks
+from bridgelm.options.teachers import TeacherConfig
 from bridgelm.progress import clock, short
 from bridgelm.report import report
 from bridgelm.runs import Run
@@ -101,8 +102,12 @@ def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[st
     if item == "cold_start":  # by default half of a sequence is SFT
         return make_config({**own.resolved(), "method": {"name": "sequence"}, "steps": 2 * steps}, "--methods")
     place = f"no recipe {sibling} and " if sibling else ""
-    return make_config({**own.resolved(), "method": {"name": item}, "steps": steps},
-                       f"--methods: {place}as a method {item!r}")
+    found = make_config({**own.resolved(), "method": {"name": item}, "steps": steps},
+                        f"--methods: {place}as a method {item!r}")
+    asks = methods_info.needs_of(found.method) & {"teacher", "behaviour"}
+    if asks and found.teacher is None and found.data.train.startswith("toy:"):  # the embedded task has one of its own
+        found = found.model_copy(update={"teacher": TeacherConfig(name_or_path="toy:teacher")})
+    return found
 
 
 def _run_config(config: RunConfig, label: str, seed: int, folder: Path) -> RunConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bridgelm import methods_info
 from bridgelm.analysis import disagreement
 from bridgelm.config import RunConfig, load_config
+from bridgelm.data import with_teacher
 from bridgelm.errors import UserError
 from bridgelm.preflight import check_static
 
@@ -58,7 +59,7 @@ def check(config: RunConfig, own: RunConfig, facts: frozenset[str]) -> None:
     key = disagreement(own.resolved(), config.resolved())
     if key:
         raise UserError(f"its recipe has another {key}")
-    for need in sorted(methods_info.needs_of(config.method) - facts):
+    for need in sorted(methods_info.needs_of(config.method) - with_teacher(facts, config)):
         if (remedy := methods_info.remedy(need)) != need:  # what is no fact of the data is checked below
             raise UserError(f"the data lacks {remedy}")
     check_static(config)

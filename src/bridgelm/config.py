@@ -8,12 +8,13 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict
+from bridgelm.options.teachers import TeacherConfig
 
 Count = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -21,6 +22,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class ModelConfig(Strict):
     """`name_or_path`: a Hugging Face folder or hub name, or `toy:base`, the tiny model that travels in the package."""
+
+    section: ClassVar[str] = "model"  # the table that messages to the user name
 
     name_or_path: str
     revision: str | None = None
@@ -145,6 +148,7 @@ class RunConfig(Strict):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     diagnose: DiagnoseConfig = DiagnoseConfig()
+    teacher: TeacherConfig | None = None  # a second, frozen model
 
     @model_validator(mode="after")
     def _across_fields(self) -> RunConfig:
@@ -174,11 +178,14 @@ def absolute(config: RunConfig) -> RunConfig:
         return str(Path(path).expanduser().absolute())
 
     raw = config.resolved()
-    model, data, reward = raw["model"], raw["data"], raw["reward"]
-    if not model["name_or_path"].startswith("toy:") and Path(model["name_or_path"]).expanduser().is_dir():
-        model["name_or_path"] = full(model["name_or_path"])
-    if model["chat_template"] is not None:
-        model["chat_template"] = full(model["chat_template"])
+    data, reward = raw["data"], raw["reward"]
+    for model in (raw["model"], raw["teacher"]):
+        if model is None:
+            continue
+        if not model["name_or_path"].startswith("toy:") and Path(model["name_or_path"]).expanduser().is_dir():
+            model["name_or_path"] = full(model["name_or_path"])
+        if model["chat_template"] is not None:
+            model["chat_template"] = full(model["chat_template"])
     for key in ("train", "demos", "validation", "test"):
         if data[key] is not None and not data[key].startswith(("toy:", "hf:")):
             data[key] = full(data[key])

@@ -6,11 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from bridgelm.config import RunConfig
 from bridgelm.data_splits import Problems, Splits, check_lengths, load_splits
 from bridgelm.errors import UserError
 from bridgelm.types import Demo, Problem
 
-__all__ = ["Data", "Problems", "Splits", "check_lengths", "load_splits"]
+__all__ = ["Data", "Problems", "Splits", "check_lengths", "load_splits", "with_teacher"]
+
+
+def with_teacher(facts: frozenset[str], config: RunConfig) -> frozenset[str]:
+    """Of the data and of the run's [teacher], which can stand in for an author whose log-probs are not known."""
+    if config.teacher is None:
+        return facts
+    return facts | {"teacher"} | ({"behaviour"} if "demos" in facts else set())
 
 
 class _Cursor:

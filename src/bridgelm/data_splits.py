@@ -45,11 +45,7 @@ def load_splits(cfg: RunConfig) -> Splits:
     check_fields(data.fields)
     needs_answer = cfg.reward.verifier in {"math", "exact"}
     train = _load(data.train, "train", cfg, needs_answer)
-    demos = _load(data.demos, "demos", cfg, False) if data.demos else ()
-    for problem in demos:
-        if not problem.demos:
-            raise UserError(f"data.demos: {data.demos}: {problem.id!r} has no demonstration; give it a demos column, "
-                            "or name yours as data.fields.demos")
+    demos = _pool(data.demos, cfg) if data.demos else ()
     held = {role: _load(spec, role, cfg, needs_answer) if spec else ()
             for role, spec in (("validation", data.validation), ("test", data.test))}
     splits = _kept_apart(Splits(train, demos, held["validation"], held["test"]), data.overlap)
@@ -65,15 +61,29 @@ def _toy_splits(cfg: RunConfig) -> Splits:
     family = cfg.data.train.removeprefix(TOY)
     if family not in toy.FAMILIES:
         raise UserError(f"data.train: unknown toy family {family!r}; choose from {', '.join(toy.FAMILIES)}")
-    for role in ("demos", "validation", "test"):
+    for role in ("validation", "test"):
         if getattr(cfg.data, role):
             raise UserError(f"data.{role}: the embedded task brings its own; leave it out, or give data.train a file")
     try:
         made = {role: tuple(rows) for role, rows in toy.load(family, **cfg.data.toy.model_dump()).items()}
     except ValueError as error:
         raise UserError(f"data.toy: {error}") from None
+    if cfg.data.demos:  # of `bridgelm demos`, say
+        check_fields(cfg.data.fields)
+        pool = _pool(cfg.data.demos, cfg)
+        splits = Splits(made["train"], pool, made["validation"], made["test"], made.get("hard", ()))
+        return _kept_apart(splits, cfg.data.overlap)
     pool = made["demos"] if cfg.data.toy.layout == "separate" else ()
     return Splits(made["train"], pool, made["validation"], made["test"], made.get("hard", ()))
+
+
+def _pool(spec: str, cfg: RunConfig) -> Problems:
+    demos = _load(spec, "demos", cfg, False)
+    for problem in demos:
+        if not problem.demos:
+            raise UserError(f"data.demos: {spec}: {problem.id!r} has no demonstration; give it a demos column, or name "
+                            "yours as data.fields.demos")
+    return demos
 
 
 def _load(spec: str, role: str, cfg: RunConfig, needs_answer: bool) -> Problems:

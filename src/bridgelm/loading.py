@@ -11,11 +11,11 @@ from bridgelm.config import ModelConfig
 from bridgelm.errors import UserError
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, section: str = "model") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device: {name!r}, but torch sees no CUDA device; use 'auto' or 'cpu'")
+        raise UserError(f"{section}.device: {name!r}, but torch sees no CUDA device; use 'auto' or 'cpu'")
     return torch.device(name)
 
 
@@ -26,14 +26,14 @@ def load_model(config: ModelConfig) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device, path = pick_device(config.device), model_path(config.name_or_path)
+    device, path = pick_device(config.device, config.section), model_path(config.name_or_path, config.section)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True,
             trust_remote_code=False, attn_implementation=None if config.attention == "auto" else config.attention)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model.name_or_path: {path!r} cannot be opened as a causal language model "
+        raise UserError(f"{config.section}.name_or_path: {path!r} cannot be opened as a causal language model "
                         f"({reason})") from None
     if config.gradient_checkpointing:
         # Named anew in transformers 5.

@@ -63,3 +63,18 @@ def kl_k3(logp_BT: Tensor, ref_BT: Tensor, weight_BT: Tensor) -> Tensor:
     """Schulman's low-variance estimate of KL(pi || ref) on the policy's own tokens: always >= 0."""
     log_ratio = ref_BT - logp_BT
     return weight_BT * (log_ratio.exp() - 1 - log_ratio)
+
+
+def kl(logp_BT: Tensor, other_BT: Tensor, estimate: str, clamp: float) -> Tensor:
+    """An estimate of KL(pi || other) on the policy's own tokens: k1 = -R, k2 = R^2 / 2 or k3 = e^R - R - 1, with
+    R = log other - log pi. Beyond |R| = clamp it goes on as a straight line, so that its gradient is that at the clamp.
+
+    On tokens that pi drew, the mean gradient of k2 is that of the KL, that of k3 the one of KL(other || pi), and that
+    of k1 is zero.
+    """
+    r_BT = other_BT - logp_BT
+    near_BT = r_BT.clamp(-clamp, clamp).detach()
+    grown_BT = near_BT.expm1()
+    value_BT, slope_BT = {"k1": (-near_BT, -near_BT.new_ones(())), "k2": (near_BT**2 / 2, near_BT),
+                          "k3": (grown_BT - near_BT, grown_BT)}[estimate]
+    return value_BT + slope_BT * (r_BT - near_BT)

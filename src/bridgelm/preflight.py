@@ -9,10 +9,11 @@ from pathlib import Path
 
 from bridgelm import methods_info
 from bridgelm.chat import TOY, model_path
-from bridgelm.config import RunConfig, absolute, stage_steps
+from bridgelm.config import ModelConfig, RunConfig, absolute, stage_steps
 from bridgelm.data_sources import FORMS, HUB
 from bridgelm.errors import UserError
 from bridgelm.options import SequenceOptions
+from bridgelm.options.teachers import TeacherConfig
 from bridgelm.sinks import check_sinks
 
 DATA_KEYS = ("train", "demos", "validation", "test")
@@ -38,12 +39,16 @@ def ready(config: RunConfig) -> RunConfig:
     return absolute(config)
 
 
-def check_static(config: RunConfig) -> None:
-    """Everything but the run folder: a finished run's own configuration passes as well."""
-    _check_model(config)
+def check_static(config: RunConfig, trains: bool = True) -> None:
+    """Everything but the run folder: a finished run's own configuration passes as well. What only samples need not have
+    what its method needs."""
+    _check_model("model", config.model)
+    if config.teacher is not None:
+        _check_model("teacher", config.teacher)
     _check_data(config)
     _check_reward(config)
-    _check_needs(config)
+    if trains:
+        _check_needs(config)
     _check_patterns(config)
     check_sinks(config.log.sinks)
     if config.rollout.updates > config.rollout.prompts:
@@ -51,42 +56,42 @@ def check_static(config: RunConfig) -> None:
                         "groups; raise rollout.prompts or lower rollout.updates")
 
 
-def _check_model(config: RunConfig) -> None:
-    model = config.model
+def _check_model(section: str, model: ModelConfig | TeacherConfig) -> None:
     name, folder = model.name_or_path, Path(model.name_or_path).expanduser()
     if name.startswith(TOY):
-        model_path(name)
+        model_path(name, section)
     elif folder.is_dir():
-        _check_model_folder(folder)
+        _check_model_folder(section, folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name_or_path: the folder {name} does not exist")
+        raise UserError(f"{section}.name_or_path: the folder {name} does not exist")
     if model.chat_template is not None:
-        _check_template(Path(model.chat_template))
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
-        raise UserError(f"model.device: {model.device!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        _check_template(section, Path(model.chat_template))
+    if model.device is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
+        raise UserError(f"{section}.device: {model.device!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attention_2 needs the package flash-attn; install it or take 'sdpa'")
+        raise UserError(f"{section}.attention: flash_attention_2 needs the package flash-attn; install it or take "
+                        "'sdpa'")
 
 
-def _check_model_folder(folder: Path) -> None:
+def _check_model_folder(section: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.name_or_path: {folder} has no config.json, so it is no Hugging Face model folder")
+        raise UserError(f"{section}.name_or_path: {folder} has no config.json, so it is no Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.name_or_path: {folder} has no *.safetensors file; other formats can run code when they "
-                        "are loaded and are refused: save the model again with safe serialisation")
+        raise UserError(f"{section}.name_or_path: {folder} has no *.safetensors file; other formats can run code when "
+                        "they are loaded and are refused: save the model again with safe serialisation")
 
 
-def _check_template(path: Path) -> None:
+def _check_template(section: str, path: Path) -> None:
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"model.chat_template: {path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{section}.chat_template: {path} cannot be read ({error.strerror})") from None
     except TemplateSyntaxError as error:
         # A tag of transformers' own (`generation`) is unknown here, and fine there.
         if "unknown tag" not in str(error):
-            raise UserError(f"model.chat_template: {path}, line {error.lineno}: {error.message}") from None
+            raise UserError(f"{section}.chat_template: {path}, line {error.lineno}: {error.message}") from None
 
 
 def _check_data(config: RunConfig) -> None:
@@ -102,8 +107,9 @@ def _check_data(config: RunConfig) -> None:
             raise UserError(f"data.{key}: {source} does not exist; give {FORMS}")
         elif path.is_file() and path.suffix not in TABLES:
             raise UserError(f"data.{key}: {source}: unknown kind of file {path.suffix!r}; give {FORMS}")
-    if config.data.train.startswith(TOY) and len(given) > 1:
-        raise UserError(f"data.{sorted(set(given) - {'train'})[0]}: {config.data.train} brings its own; leave it out")
+    theirs = sorted(set(given) - {"train", "demos"})
+    if config.data.train.startswith(TOY) and theirs:
+        raise UserError(f"data.{theirs[0]}: {config.data.train} brings its own; leave it out")
     for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
         if one in given and given.get(one) == given.get(other):
             raise UserError(f"data.{other}: the same as data.{one}; what is measured must be held out: split the data")
@@ -150,6 +156,11 @@ def _check_needs(config: RunConfig) -> None:
     if needs & {"paired_demos", "two_traces"} and data.train.startswith(TOY) and data.toy.layout != "paired":
         raise UserError(f"method {config.method.name}: it needs demonstrations of the training "
                         "problems; set data.toy.layout = 'paired'")
+    if "teacher" in needs and config.teacher is None:
+        raise UserError(f"method {config.method.name}: it needs {methods_info.remedy('teacher')}")
+    if "behaviour" in needs and config.teacher is None and data.train.startswith(TOY) and data.demos is None:
+        raise UserError(f"method {config.method.name}: it needs the log-probs of the demonstrations' author, which the "
+                        "embedded task has not; set teacher.name_or_path = 'toy:teacher'")
 
 
 def _check_patterns(config: RunConfig) -> None:
@@ -165,7 +176,7 @@ def _check_patterns(config: RunConfig) -> None:
 def summary(config: RunConfig) -> str:
     """What would run, in a few lines."""
     rows = [("run", f"{run_folder(config)}, seed {config.seed}"), ("method", _method_line(config)),
-            ("model", _model_line(config)), ("data", _data_line(config)), *_cost_lines(config)]
+            ("model", _model_line(config)), *_teacher_line(config), ("data", _data_line(config)), *_cost_lines(config)]
     return "\n".join(f"  {label:<9} {text}" for label, text in rows)
 
 
@@ -182,11 +193,16 @@ def _model_line(config: RunConfig) -> str:
     return f"{model.name_or_path}, {model.dtype} on {model.device}, trains {weights}"
 
 
+def _teacher_line(config: RunConfig) -> list[tuple[str, str]]:
+    return [("teacher", f"{config.teacher.name_or_path}, frozen")] if config.teacher is not None else []
+
+
 def _data_line(config: RunConfig) -> str:
     data = config.data
     if data.train.startswith(TOY):
         demos = f"{data.toy.demo_size} problems with demonstrations" if data.toy.layout == "separate" else (
             f"demonstrations of {data.toy.coverage:.0%} of them")
+        demos = f"demonstrations {data.demos}" if data.demos else demos
         return f"{data.train}, {data.toy.train_size} problems, {demos} ({data.toy.layout})"
     held = [f"{key} {getattr(data, key)}" for key in ("validation", "test") if getattr(data, key)]
     return ", ".join([data.train, *([f"demonstrations {data.demos}"] if data.demos else []), *held])

@@ -16,7 +16,8 @@ FIGURES = {"final": "At the end of training, test", "hard": "Hard tier, test",
            "at_rollouts": "At equal rollouts, validation", "at_flops": "At equal FLOPs, validation"}
 VERBS = {"ahead": "is ahead of", "behind": "is behind", "equal": "ties with",
          "unclear": "is not shown to differ from"}
-LEDGER = {"flops/generate": "generate", "flops/train": "train", "flops/score": "score"}
+LEDGER = {"flops/generate": "generate", "flops/train": "train", "flops/score": "score",
+          "flops/teacher": "teacher"}
 
 DEFINITIONS = (
     "Intervals are 95 %. With two or more seeds they are Student's t over seeds; with one seed they are over test "
@@ -31,7 +32,7 @@ DEFINITIONS = (
     "At equal rollouts and equal FLOPs, each curve is read at its last validation look at or below the budget. In a "
     "difference, the budget is the smaller of the two methods' own.",
     "FLOPs are the ledger's estimate: 2N a generated or scored token, 6N a trained one; shadow, reference, "
-    "demonstrations and probes are in.",
+    "teacher, demonstrations and probes are in.",
 )
 
 

@@ -16,6 +16,7 @@ from bridgelm.data import Data
 from bridgelm.engine import Engine, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.policy import Policy
+from bridgelm.teacher import Teacher, with_logps
 from bridgelm.types import Demo, Grade, Metrics, Problem, Row, Verdict
 
 WINDOW = 256  # answers that the verifier's error rate is taken over
@@ -39,7 +40,11 @@ def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader
 
 
 class Roller:
-    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig) -> None:
+    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig,
+                 teacher: Teacher | None = None) -> None:
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.ledger = policy.ledger
         self.policy, self.engine, self.chat, self.grader, self.config = policy, engine, chat, grader, config
         rollout = config.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
@@ -113,12 +118,41 @@ class Roller:
 
     def demo(self, problem: Problem, demo: Demo) -> Row:
         ids, own = self.chat.demo_ids(problem, demo)
-        return Row(ids, own, "demo", problem, text=demo.text)
+        return Row(ids, own, "demo", problem, text=demo.text, teacher_logps=author_logps(problem, demo, own))
 
     def reference(self, rows: list[Row]) -> list[Row]:
         """Fills in the frozen reference's log-probs."""
         logps = self.policy.score(rows, at="reference")
         return [replace(row, ref_logps=logp) for row, logp in zip(rows, logps, strict=True)]
+
+    def taught(self, rows: list[Row]) -> list[Row]:
+        """Fills in the teacher's log-probs."""
+        assert self.teacher is not None, "a method that needs a teacher is refused without one"
+        return with_logps(rows, self.teacher.score(rows))
+
+    def authored(self, rows: list[Row]) -> list[Row]:
+        """Demonstrations with the log-probs of their author: those of the data, else the teacher's."""
+        missing = [i for i, row in enumerate(rows) if row.teacher_logps is None]
+        if missing:
+            assert self.teacher is not None, "a method that needs the author's log-probs is refused without them"
+            found = self.teacher.remembered([rows[i] for i in missing], self.step)
+            rows = list(rows)
+            for i, logps in zip(missing, found, strict=True):
+                rows[i] = replace(rows[i], teacher_logps=logps)
+        return rows
+
+
+def author_logps(problem: Problem, demo: Demo, own: np.ndarray) -> np.ndarray | None:
+    """What the data says of a demonstration's tokens, at their places; the end token's may be left out."""
+    if demo.logps is None:
+        return None
+    size = int(own.sum())
+    if len(demo.logps) not in (size - 1, size):
+        raise UserError(f"data: a demonstration of {problem.id!r} has {len(demo.logps)} log-probabilities for {size} "
+                        "tokens; record them with this tokenizer")
+    out = np.full(len(own), np.nan)
+    out[np.flatnonzero(own)[:len(demo.logps)]] = demo.logps
+    return out
 
 
 def summary(rows: list[Row]) -> Metrics:

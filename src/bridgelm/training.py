@@ -25,13 +25,14 @@ from bridgelm.evaluation import measure
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model, peak_device_memory
 from bridgelm.methods import METHODS, Method
-from bridgelm.methods.base import NEEDS
+from bridgelm.methods.base import check_needs
 from bridgelm.metrics import RunFolder
 from bridgelm.policy import Policy
 from bridgelm.probe import Probe
 from bridgelm.progress import Progress
 from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
+from bridgelm.teacher import Teacher
 from bridgelm.types import Metrics, Problem, Row
 from bridgelm.verify import build_verifier
 
@@ -116,23 +117,21 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
     return Run(path)
 
 
-def check_needs(method: Method, data: Data) -> None:
-    for need in sorted(method.needs - data.facts()):
-        if need in NEEDS:
-            raise UserError(f"method {method.run.method.name!r} needs {NEEDS[need]}")
-
-
 def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: Any, folder: RunFolder,
              display: Progress) -> Session:
+    teacher = Teacher.of(config, chat)  # one of another tokenizer is refused before a model is loaded
     model = load_model(config.model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None)
     engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
-    session = Session(config, data, chat, method, policy, Roller(policy, engine, chat, grader, config), folder, display)
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None
+    if teacher is not None:
+        teacher.keep(folder.path / "teacher", state["step"] if state else 0)
+    roll = Roller(policy, engine, chat, grader, config, teacher)
+    session = Session(config, data, chat, method, policy, roll, folder, display)
     if state:
         method.load(state["method"])
     method.setup(policy)

@@ -108,7 +108,8 @@ def test_an_update_does_not_depend_on_how_its_rows_are_cut(bench: Bench, monkeyp
         def widen(x: torch.Tensor, value: float = 0) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, 5), value=value) if x.dim() == 2 else x
         return replace(micro, ids_BT=widen(micro.ids_BT, 7), pad_BT=widen(micro.pad_BT), own_BT=widen(micro.own_BT),
-                       old_BT=widen(micro.old_BT), ref_BT=widen(micro.ref_BT),
+                       old_BT=widen(micro.old_BT), ref_BT=widen(micro.ref_BT), teacher_BT=widen(micro.teacher_BT),
+                       taught_BT=widen(micro.taught_BT),
                        weight={k: widen(v) for k, v in micro.weight.items()},
                        scale={k: widen(v) for k, v in micro.scale.items()})
     monkeypatch.setattr(batching, "collate", padded)
@@ -126,7 +127,7 @@ def test_terms_read_only_streams_that_exist_and_weights_are_constants(bench: Ben
             if not chosen:
                 continue
             micro = batching.collate(chosen, torch.float64, torch.device("cpu"), {})
-            constants = [micro.old_BT, micro.ref_BT, *micro.weight.values(), *micro.scale.values()]
+            constants = [micro.old_BT, micro.ref_BT, micro.teacher_BT, *micro.weight.values(), *micro.scale.values()]
             assert not any(t.requires_grad for t in constants)
             for t in constants:
                 t.requires_grad_()
@@ -203,8 +204,8 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
     assert not any(g.any() for g in (*found.theta.values(), *found.w.values()))
     assert found.losses == {"pg": 0.0}
     nothing = {k: torch.zeros_like(g) for k, g in found.theta.items()}
-    # Each method's own limit: what is left when RL has nothing to say (KL and entropy stay, and are left out here).
-    if {"kl", "entropy"} & batch.counts.keys():
+    # Each method's own limit: what is left when RL has nothing to say (KL, entropy and teacher stay: left out here).
+    if {"kl", "entropy", "kd"} & batch.counts.keys():
         return
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
     if method.options.name in LIMITS:

@@ -33,7 +33,10 @@ METHOD: dict[str, dict[str, Any]] = {
     "luffy": {"name": "luffy"},
     "chord": {"name": "chord", "mu": 0.6, "mu_end": 0.1, "decay": 4},
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 4},
+    "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
+    "pear": {"name": "pear"},
 }
+TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
     "grpo, constant length": {"name": "grpo", "rl": {"aggregate": "constant"}},
@@ -73,6 +76,12 @@ READINGS: dict[str, dict[str, Any]] = {
     "sasr, blend": {"name": "sasr", "warmup": 0.25, "rule": "blend", "denominator": "grpo", "rl": {"kl_coef": 0.0}},
     "amft in Adam's metric": {"name": "amft", "warmup": 0.0, "every": 2, "problems": 2, "metric": "adam",
                               "eta_entropy": 0.05, "rl": {"kl_coef": 0.1}},
+    "kdrl k3, masked": {"name": "kdrl", "beta": 0.3, "delta": 0.0, "estimator": "k3", "mask": "response", "clamp": 1.0,
+                        "rl": {"kl_coef": 0.1, "aggregate": "row"}},
+    "distil, pear, then grpo": {"name": "sequence", "stages": [
+        {"method": {"name": "kdrl", "rl_weight": 0.0, "beta": 1.0, "delta": 0.0}, "steps": 1},
+        {"method": {"name": "pear", "weights": "block", "normalise": "batch"}, "steps": 1},
+        {"method": {"name": "grpo"}}]},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],
@@ -88,4 +97,6 @@ def sections(name: str) -> dict[str, Any]:
     """The configuration of a variant beside its method."""
     # A large epsilon keeps Adam's steps well conditioned where a gradient is nearly zero.
     out: dict[str, Any] = {"optim": {"lr": 1e-2, "eps": 1e-3}}
+    if any(f"'{taught}'" in str(VARIANTS.get(name)) for taught in TAUGHT):
+        out["teacher"] = {"name_or_path": "llama"}  # another tiny model (conftest.py)
     return out | ({"model": {"lora_rank": 3, "lora_alpha": 6.0}} if name in LORA else {})

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import training
+from bridgelm import methods_info, training
 from bridgelm.config import make_config
 from bridgelm.engine import Request, Sampling
 from bridgelm.types import Completion
@@ -50,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "luffy": {"name": "luffy"},
     "chord": {"name": "chord", "preset": "both", "warmup": 1, "decay": 2},
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 2},
+    "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
+    "pear": {"name": "pear"},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
@@ -61,8 +63,13 @@ def session(method: dict[str, Any], folder: Path) -> Any:
     raw = raw_config(folder, method, steps=STEPS)
     # A large epsilon: Adam would turn the rounding of a gradient that is nearly zero into a step.
     raw["optim"] = {"lr": 1e-2, "eps": 1e-3}
+    if methods_info.needs(method["name"]) & {"teacher", "behaviour"}:
+        raw["teacher"] = {"name_or_path": raw["model"]["name_or_path"]}
     made = open_session(make_config(raw))
     with torch.no_grad():  # any weights do; these are the same everywhere
+        for i, p in enumerate(made.roll.teacher.model.parameters() if made.roll.teacher else ()):
+            wave = torch.cos(torch.arange(p.numel(), dtype=torch.float64) * (1.3 + 0.1 * i) + i).view_as(p)
+            p.copy_(1 + 0.1 * wave if p.dim() == 1 else 0.3 * wave)
         for i, (name, p) in enumerate(made.policy.params.items()):
             wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (1.7 + 0.1 * i) + i)
             value = (1 + 0.1 * wave if "norm" in name else 0.3 * wave).view_as(p)

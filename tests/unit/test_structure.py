@@ -38,8 +38,8 @@ FILES = sorted(SRC.rglob("*.py"))
 # A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
 LAYERS = [
     ["types", "errors", "options", "config"],
-    ["toy", "chat", "data", "data_*", "verify", "dist"],
-    ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy"],
+    ["toy", "chat", "data", "data_*", "verify", "dist", "teacher_ids", "teacher_cache"],
+    ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
     ["credit", "losses", "cooperation", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "evaluation", "probe", "training",
@@ -185,7 +185,7 @@ def with_table(text: str) -> str:
 def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
     recipes = {path.stem: tomllib.loads(path.read_text()) for path in (ROOT / "recipes" / "toy").glob("*.toml")}
     assert recipes
-    own = {"name", "method", "steps"}
+    own = {"name", "method", "steps", "teacher"}
     shared = {name: {key: value for key, value in recipe.items() if key not in own}
               | {"optim": {key: value for key, value in recipe["optim"].items() if key != "lr"},
                  "data": recipe["data"] | {"toy": recipe["data"]["toy"] | {"layout": "either"}}}

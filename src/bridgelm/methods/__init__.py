@@ -15,7 +15,9 @@ from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.guide import Guide
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
+from bridgelm.methods.kdrl import Kdrl
 from bridgelm.methods.luffy import Luffy
+from bridgelm.methods.pear import Pear
 from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
@@ -45,6 +47,8 @@ METHODS: dict[str, type[Method]] = {
     "luffy": Luffy,
     "chord": Chord,
     "gac": Gac,
+    "kdrl": Kdrl,
+    "pear": Pear,
 }
 
 __all__ = ["METHODS", "Method"]

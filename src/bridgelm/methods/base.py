@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bridgelm import credit, dist, losses
 from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.data import Data, with_teacher
+from bridgelm.errors import UserError
 from bridgelm.options import PolicyGradient
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -23,7 +24,8 @@ NEEDS = {
     "demos": "demonstrations: give `data.demos`, or `demos` in the rows of `data.train`",
     "paired_demos": "demonstrations of the training problems themselves (`demos` in the rows of `data.train`)",
     "two_traces": "two demonstrations of a problem",
-    "behaviour": "the log-probs of the demonstrations' author (`demo_logps`)",
+    "teacher": "a second model: give a table [teacher] with the name_or_path of a model of the same tokenizer",
+    "behaviour": "the log-probs of the demonstrations' author: give `demo_logps` in their rows, or a [teacher]",
     "val": "a validation set (`data.validation`)",
 }
 
@@ -122,6 +124,13 @@ def mean_over(batch: Batch, name: str, values: Mapping[int, np.ndarray]) -> floa
               if name in row.streams and i in values]
     found = dist.total({"sum": float(sum(v.sum() for v in chosen)), "count": float(sum(v.size for v in chosen))})
     return found["sum"] / max(1.0, found["count"])
+
+
+def check_needs(method: Method, data: Data) -> None:
+    unmet = method.needs - with_teacher(data.facts(), method.run)
+    for need in NEEDS:
+        if need in unmet:
+            raise UserError(f"method {method.run.method.name!r} needs {NEEDS[need]}")
 
 
 # -- the RL half, shared by every method with rollouts ---------------------------------------------------------------

@@ -67,6 +67,8 @@ class Sequence(Method):
         if self._index(step) != self.current:
             self.current = self._index(step)
             stage = self.options.stages[self.current]
+            if roll.teacher is not None:
+                roll.teacher.close()  # the new stage may do without
             roll.policy.absorb(keep_reference=not stage.fresh_reference, keep_optimiser=not stage.fresh_optimiser)
             self.setup(roll.policy)
         return self.stage.gather(data, roll, step - self._start())

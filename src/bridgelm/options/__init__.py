@@ -25,13 +25,15 @@ from bridgelm.options.core import (
 from bridgelm.options.mixed import CHORD_PRESETS, Mixed
 from bridgelm.options.offline import DftOptions
 from bridgelm.options.shaping import PairShuffle, Shaping
+from bridgelm.options.teachers import KdrlOptions, PearOptions
 
 __all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions",
            "Shadowed", "Share", "SingleOptions", "Stage", "Strict"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
-                 | Shaping | TrapoOptions | SasrOptions | AmftOptions | Mixed)
+                 | Shaping | TrapoOptions | SasrOptions | AmftOptions | Mixed
+                 | KdrlOptions | PearOptions)
 
 
 class ShuffleR1Options(PairShuffle):
