@@ -30,6 +30,7 @@ from bridgelm.stats import (
 SHARED = ("model", "data", "reward", "rollout", "eval")  # what compared runs must have in common
 MARGIN = 0.02  # accuracies closer than two points are called equal, if a TOST says so at 5 %
 ALPHA = 0.05
+LONG = 8  # methods after which a table is sorted by final test accuracy
 
 Reader = Callable[[Run], float | None]
 
@@ -186,6 +187,9 @@ def analyse(runs: Sequence[Run], base: str | None = None) -> Comparison:
     methods = [first, *(method for method in methods if method is not first)]
     budgets = {axis: common_budget(methods, axis) for axis in ("rollouts", "flops")}
     table = {method.label: _row(method, budgets) for method in methods}
+    if len(methods) > LONG:
+        final = {label: found.value if (found := row["final"]) else -1.0 for label, row in table.items()}
+        methods = [first, *sorted(methods[1:], key=lambda method: -final[method.label])]
     claims = tuple(claim for figure in [*ACCURACIES, "at_rollouts", "at_flops"]
                    for claim in _claims(methods[0], methods[1:], figure))
     return Comparison(tuple(methods), table, budgets, claims, tuple(_notes(methods)))

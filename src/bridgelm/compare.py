@@ -23,6 +23,7 @@ from bridgelm.metrics import check_sinks
 from bridgelm.options.teachers import TeacherConfig
 from bridgelm.progress import clock, short
 from bridgelm.report import report
+from bridgelm.report_levels import lengths
 from bridgelm.runs import Run
 
 
@@ -128,15 +129,16 @@ def show(comparison: Comparison, console: Console | None = None, notes: Sequence
     table = Table(title="Accuracy in percent, with 95 % intervals", title_justify="left", title_style="bold", box=None,
                   header_style="dim", pad_edge=False)
     against_base = f"against {comparison.base.label}"
-    for heading in ("method", "final, test", "hard", against_base, "rollouts", "FLOPs", "CPU"):
+    for heading in ("method", "final, test", "hard", against_base, "tokens", "rollouts", "FLOPs", "CPU"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     against = {claim.other: claim for claim in comparison.claims if claim.figure == "final"}
     for method in comparison.methods:
         row, claim = comparison.table[method.label], against.get(method.label)
+        long = lengths(method)["final"]
         cost = {key: found.value if (found := row[key]) else None for key in ("rollouts", "flops", "cpu_seconds")}
         table.add_row(Text(method.label, style="bold"), text.interval(row["final"]), text.interval(row["hard"]),
-                      text.gap(claim, turned=True) if claim else "", short(cost["rollouts"]), short(cost["flops"]),
-                      clock(cost["cpu_seconds"]))
+                      text.gap(claim, turned=True) if claim else "", f"{long.value:.1f}" if long else "–",
+                      short(cost["rollouts"]), short(cost["flops"]), clock(cost["cpu_seconds"]))
     console.print(table)
     for line in [text.lead(comparison), *comparison.notes, *notes]:
         console.print(Text(line), highlight=False)

@@ -14,8 +14,9 @@ from bridgelm.analysis import Method
 from bridgelm.diagnose_facts import History, Subject, subjects
 from bridgelm.errors import UserError
 from bridgelm.metrics import write_json
+from bridgelm.report_files import draw_files
 from bridgelm.report_panels import percent
-from bridgelm.report_plots import Panel, Series, draw_files
+from bridgelm.report_plots import Panel, Series
 from bridgelm.report_text import harmless, markdown_table
 from bridgelm.runs import Run
 

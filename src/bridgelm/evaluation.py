@@ -3,6 +3,7 @@ the range of the training problems."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Se
         "length": float(np.mean([len(c.ids) for c in completions])),
         "truncated": float(np.mean([not c.finished for c in completions])),
         "by_difficulty": _by_difficulty(problems, right),
+        "by_length": _by_length([len(c.ids) for c in completions], right),
         "correct": {problems[i].id: value for i, value in right.items()},
     }
     if samples:
@@ -66,6 +68,14 @@ def _by_difficulty(problems: Sequence[Problem], right: dict[int, int]) -> dict[s
         if difficulty is not None:
             cells.setdefault(difficulty, []).append(value)
     return {f"{key:g}": [float(np.mean(cells[key])), len(cells[key])] for key in sorted(cells)}
+
+
+def _by_length(tokens: Sequence[int], right: dict[int, int]) -> dict[str, list[float]]:
+    """By the length of the answer that was given, in powers of two: the key is the most that a cell holds."""
+    cells: dict[int, list[int]] = {}
+    for i, value in right.items():
+        cells.setdefault(2 ** math.ceil(math.log2(max(8, tokens[i]))), []).append(value)
+    return {str(key): [float(np.mean(cells[key])), len(cells[key])] for key in sorted(cells)}
 
 
 def _sampled(grades: list[Grade], samples: int) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+from bridgelm import report_levels as levels
 from bridgelm import report_text as text
 from bridgelm.analysis import Comparison, analyse
 from bridgelm.metrics import write_json
+from bridgelm.report_files import draw_files
 from bridgelm.report_html import page
 from bridgelm.report_panels import (
     bridge_methods,
@@ -18,7 +20,7 @@ from bridgelm.report_panels import (
     difficulty_panel,
     training_panels,
 )
-from bridgelm.report_plots import Panel, draw_files
+from bridgelm.report_plots import Panel
 from bridgelm.report_tables import EXPLANATION, HEADING, demonstration_tables
 from bridgelm.runs import Run
 
@@ -36,7 +38,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: s
     folder.mkdir(parents=True, exist_ok=True)
     title = title or default_title(comparison)
     figures = write_figures(comparison, folder / "figures")
-    write_json(folder / f"{stem}.json", {"title": title, **comparison.data()})
+    write_json(folder / f"{stem}.json", {"title": title, **comparison.data(), "levels": levels.data(comparison)})
     texts = {"md": markdown(comparison, title, figures), "html": page(comparison, title)}
     for ending, content in texts.items():  # half a surrogate pair, which no file can hold, becomes a question mark
         (folder / f"{stem}.{ending}").write_text(content, encoding="utf-8", errors="replace")
@@ -81,6 +83,8 @@ def markdown(comparison: Comparison, title: str, figures: dict[str, str]) -> str
             table = text.difference_table(comparison, figure)
             if table.rows:
                 parts += [f"### {heading}", text.markdown_table(table)]
+    tables = levels.level_tables(comparison)
+    parts += [f"## {levels.HEADING}", *map(text.markdown_table, tables)] if tables else []
     parts += ["## Cost", text.markdown_table(text.cost_table(comparison))]
     for i, (label, tables) in enumerate(demonstration_tables(comparison)):
         parts += [] if i else [f"## {HEADING}", EXPLANATION]

@@ -13,23 +13,27 @@ from collections.abc import Sequence
 from datetime import date
 from importlib.resources import files
 
+from bridgelm import report_levels as levels
 from bridgelm import report_text as text
-from bridgelm.analysis import Comparison
+from bridgelm.analysis import Claim, Comparison
 from bridgelm.progress import clock, short
 from bridgelm.report_panels import (
+    MANY,
     VERDICTS,
     accuracy_bars,
     bridge_methods,
     bridge_panels,
+    colours,
     curve_panels,
     difference_bars,
     difficulty_panel,
+    length_panel,
     percent,
     share,
     signed,
     training_panels,
 )
-from bridgelm.report_plots import PALETTE, Panel, esc, svg, svg_bars
+from bridgelm.report_plots import GREY, Panel, esc, svg, svg_bars, tone
 from bridgelm.report_samples import samples_section
 from bridgelm.report_tables import EXPLANATION, HEADING, demonstration_tables
 from bridgelm.runs import Run
@@ -67,6 +71,7 @@ def _sections(comparison: Comparison) -> list[tuple[str, str, str]]:
         ("curves", "Accuracy against compute", _curves(comparison)),
         ("results", "Results", _results(comparison)),
         ("differences", "Paired differences", _differences(comparison) if several else ""),
+        ("levels", levels.HEADING, _levels(comparison)),
         ("cost", "Cost", _cost(comparison)),
         ("bridge", "BRIDGE's diagnostics", _diagnostics(comparison)),
         ("demonstrations", HEADING, _demonstrations(comparison)),
@@ -107,14 +112,24 @@ def _claims(comparison: Comparison) -> str:
     rows = []
     for figure, heading in text.FIGURES.items():
         claims = [claim for claim in comparison.claims if claim.figure == figure]
-        chips = "".join(f'<span class="chip {claim.verdict}"><i>{VERDICTS[claim.verdict][0]}</i> {esc(claim.other)} '
-                        f"{esc(text.gap(claim))}</span>" for claim in claims)
-        if chips:
-            rows.append(f'<b>{esc(heading)}</b><div class="chips">{chips}</div>')
+        open_ = [claim for claim in claims if claim.verdict == "unclear"]
+        if len(claims) > MANY:  # what is shown stands out; the rest is a click away
+            rest = f"<details><summary>no difference shown from {len(open_)}</summary>{_chips(open_)}</details>"
+            shown = _chips([claim for claim in claims if claim not in open_]) + rest * bool(open_)
+        else:
+            shown = _chips(claims)
+        if claims:
+            rows.append(f"<b>{esc(heading)}</b><div>{shown}</div>")
     key = "▲ ahead · ▼ behind · = equal within 2 points · ? no difference shown. Points, with 95 % intervals."
     heading = f"{comparison.base.label} against the others, {text.seeds_text(comparison)}"
     return (f'<div class="card"><h3>{esc(heading)}</h3><div class="claims">{"".join(rows)}</div>'
             f'<p class="caption">{key}</p></div>')
+
+
+def _chips(claims: Sequence[Claim]) -> str:
+    chips = "".join(f'<span class="chip {claim.verdict}"><i>{VERDICTS[claim.verdict][0]}</i> {esc(claim.other)} '
+                    f"{esc(text.gap(claim))}</span>" for claim in claims)
+    return f'<div class="chips">{chips}</div>'
 
 
 def _facts(comparison: Comparison) -> str:
@@ -133,6 +148,11 @@ def _facts(comparison: Comparison) -> str:
 
 
 def _band(comparison: Comparison) -> str:
+    grey = colours(comparison).count(GREY)
+    return _spread(comparison) + (f" In grey: the {grey} other methods; point at a dot for its name." if grey else "")
+
+
+def _spread(comparison: Comparison) -> str:
     if any(len(method.by_seed) > 1 for method in comparison.methods):
         return "Line: mean of the seeds. Band: lowest to highest seed."
     return "One seed: the spread between trainings is not known."
@@ -161,13 +181,19 @@ def _small(panels: Sequence[Panel], caption: str) -> str:
 
 
 def _results(comparison: Comparison) -> str:
-    bars, difficulty = accuracy_bars(comparison), difficulty_panel(comparison)
-    charts = _figure(difficulty, 560, 270) if difficulty else ""
+    bars, charts = accuracy_bars(comparison), ""
     if len(bars) > 1 or any(len(bar.points) > 1 for bar in bars):
-        charts = (f'<figure class="card"><h3>Final test accuracy</h3>{svg_bars(bars, percent)}'
-                  f"<figcaption>Dot: mean. Bar: 95 % interval. Rings: single seeds.</figcaption></figure>{charts}")
+        charts = (f'<figure class="card"><h3>Final test accuracy</h3>{svg_bars(bars, percent, width=1100)}'
+                  "<figcaption>Dot: mean. Bar: 95 % interval. Rings: single seeds.</figcaption></figure>")
     table = html_table(text.result_table(comparison))
-    return f'<div class="grid"><div class="card">{table}</div><div class="grid cols2">{charts}</div></div>'
+    return f'<div class="grid"><div class="card">{table}</div>{charts}</div>'
+
+
+def _levels(comparison: Comparison) -> str:
+    panels = [panel for panel in (difficulty_panel(comparison), length_panel(comparison)) if panel]
+    drawn = "".join(_figure(panel, 560, 290) for panel in panels)
+    tables = "".join(f'<div class="card">{html_table(table)}</div>' for table in levels.level_tables(comparison))
+    return f'<div class="grid"><div class="grid cols2">{drawn}</div>{tables}</div>' if drawn or tables else ""
 
 
 def _differences(comparison: Comparison) -> str:
@@ -190,7 +216,7 @@ def html_table(table: text.Table) -> str:
     rows = []
     for i, row in enumerate(table.rows):
         mark = table.marks[i] if i < len(table.marks) else None
-        swatch = "" if mark is None else f'<span class="swatch s{mark % len(PALETTE)}"></span>'
+        swatch = "" if mark is None else f'<span class="swatch {tone(mark)}"></span>'
         cells = [f"<td{_class(verdicts.get(cell))}>{esc(cell)}</td>" for cell in row]
         cells[0] = cells[0].replace(">", f">{swatch}", 1)
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -208,12 +234,12 @@ def _cost(comparison: Comparison) -> str:
     amounts = {label: flops.value if (flops := row["flops"]) else 0.0 for label, row in comparison.table.items()}
     most = max(amounts.values(), default=0.0)
     rows = []
-    for i, method in enumerate(comparison.methods):
+    for i, method in zip(colours(comparison), comparison.methods):
         parts = text.ledger(method)
         bars = "".join(f'<span class="part{j}" style="width:{100 * value * amounts[method.label] / most:.2f}%" '
                        f'data-tip="{esc(method.label)}: {esc(name)} {share(value)}"></span>'
                        for j, (name, value) in enumerate(parts.items())) if most else ""
-        colour = f"s{i % len(PALETTE)}"
+        colour = tone(i)
         rows.append(f'<span><span class="swatch {colour}"></span>{esc(method.label)}</span>'
                     f'<div class="bar {colour}">{bars}</div><span>{esc(short(amounts[method.label]))}</span>')
     parts = enumerate(text.LEDGER.values())

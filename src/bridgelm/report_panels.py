@@ -8,9 +8,10 @@ from statistics import fmean
 
 from bridgelm.analysis import Comparison, Method, curve
 from bridgelm.progress import clock, short
-from bridgelm.report_plots import Bar, Panel, Series
+from bridgelm.report_plots import GREY, PALETTE, Bar, Panel, Series
 from bridgelm.runs import Run
 
+MANY = 10  # methods that can each have a colour; of more, most are drawn in grey
 POINTS = 100  # of a line; longer ones are averaged in bins
 UNRELIABLE = 0.3  # ESS/n below which the gain's estimate is not to be trusted
 
@@ -32,11 +33,24 @@ def signed(points: float, digits: int = 1) -> str:
     return text[1:] if float(f"{points:.{digits}f}") == 0 else text
 
 
+def colours(comparison: Comparison) -> list[int]:
+    """One of each method. Of many methods only the base and the best by final test accuracy have one; the others are
+    grey, and the tables name them."""
+    methods = comparison.methods
+    if len(methods) <= MANY:
+        return list(range(len(methods)))
+    final = {m.label: found.value if (found := comparison.table[m.label]["final"]) else -1.0 for m in methods}
+    best = sorted(methods[1:], key=lambda m: -final[m.label])[:len(PALETTE) - 1]
+    order = {method.label: i for i, method in enumerate([methods[0], *best])}
+    return [order.get(method.label, GREY) for method in methods]
+
+
 def curve_panels(comparison: Comparison) -> list[Panel]:
     """Held-out accuracy against what it cost; the band runs from the lowest to the highest seed."""
     panels = []
     for axis, (name, fmt) in AXES.items():
-        lines = [line for i, method in enumerate(comparison.methods) if (line := _curve(method, axis, i))]
+        lines = [line for method, i in zip(comparison.methods, colours(comparison))
+                 if (line := _curve(method, axis, i))]
         if lines:
             title = f"Validation accuracy against {name}"
             panels.append(Panel(title, name, lines, fmt, percent, clock=axis == "seconds"))
@@ -65,7 +79,7 @@ def _curve(method: Method, axis: str, colour: int) -> Series | None:
 
 def accuracy_bars(comparison: Comparison) -> list[Bar]:
     bars = []
-    for i, method in enumerate(comparison.methods):
+    for i, method in zip(colours(comparison), comparison.methods):
         found = comparison.table[method.label]["final"]
         if found:
             points = [run.accuracy for run in method.by_seed.values() if run.accuracy is not None]
@@ -75,7 +89,7 @@ def accuracy_bars(comparison: Comparison) -> list[Bar]:
 
 def difference_bars(comparison: Comparison, figure: str) -> list[Bar]:
     """Paired differences of one figure, in points of a percent; right of zero the base method is better."""
-    order = {method.label: i for i, method in enumerate(comparison.methods)}
+    order = {method.label: i for i, method in zip(colours(comparison), comparison.methods)}
     return [Bar(f"against {claim.other}", order[claim.other], 100 * claim.difference.value,
                 _points(claim.difference.low), _points(claim.difference.high),
                 text=f"{signed(100 * claim.difference.value)}  {VERDICTS[claim.verdict]}")
@@ -89,7 +103,7 @@ def _points(value: float | None) -> float | None:
 def difficulty_panel(comparison: Comparison) -> Panel | None:
     """Final test accuracy at each difficulty."""
     lines = []
-    for colour, method in enumerate(comparison.methods):
+    for colour, method in zip(colours(comparison), comparison.methods):
         cells: dict[float, list[float]] = {}
         for run in method.by_seed.values():
             for level, (accuracy, _) in ((run.result or {}).get("final", {}).get("by_difficulty") or {}).items():
@@ -106,6 +120,12 @@ def difficulty_panel(comparison: Comparison) -> Panel | None:
     return Panel("Final test accuracy by difficulty", "difficulty", lines, y_format=percent) if lines else None
 
 
+def length_panel(comparison: Comparison) -> Panel | None:
+    lines = [line for method, i in zip(comparison.methods, colours(comparison))
+             if (line := _mean(method, "length", method.label, i))]
+    return Panel("Tokens of an answer over training", "step", lines, y_format="{:.3g}".format) if lines else None
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -119,7 +139,8 @@ def training_panels(comparison: Comparison) -> list[Panel]:
               "flat_groups": ("Groups without spread", percent), "truncated": ("Completions cut short", percent)}
     panels = []
     for key, (title, fmt) in wanted.items():
-        lines = [line for i, method in enumerate(comparison.methods) if (line := _mean(method, key, method.label, i))]
+        lines = [line for method, i in zip(comparison.methods, colours(comparison))
+                 if (line := _mean(method, key, method.label, i))]
         if lines:
             panels.append(Panel(title, "step", lines, y_format=fmt))
     return panels

@@ -1,5 +1,5 @@
 """Figures. A `Panel` says what is drawn; `svg` draws it for the page (its colours are CSS variables, so that it follows
-light and dark mode), `draw_files` draws the same with matplotlib as PNG and SVG files."""
+light and dark mode); `report_files` draws the same with matplotlib as PNG and SVG files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes, darkened where white paper needs it.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0479a", "#a87900", "#56a0d3", "#6a6a6a", "#7b5cc4")
 DASHES = ("", "6 3", "2 3")  # after eight colours the lines are dashed
+GREY = -1  # the colour of lines that are only the background of others
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,14 @@ class _Scale:
         return found if len(found) > 1 else [10.0**value for value in ticks(self.low, self.high, 3)]
 
 
+def tone(colour: int) -> str:
+    """The class of a colour in the page's style sheet."""
+    return "sx" if colour == GREY else f"s{colour % len(PALETTE)}"
+
+
 def svg(panel: Panel, width: int = 390, height: int = 250) -> str:
     """The panel as inline SVG. Every text that comes from data is escaped."""
-    labels = [series for series in panel.series if series.label and len(series.xs)]
+    labels = [series for series in panel.series if series.label and len(series.xs) and series.colour != GREY]
     right = width - (min(118, 12 + max((6.1 * len(s.label) for s in labels), default=0)) if len(labels) > 1 else 14)
     left, top, bottom = 46, 10, height - 34
     xs = [x for series in panel.series for x in series.xs]
@@ -127,7 +131,8 @@ def svg(panel: Panel, width: int = 390, height: int = 250) -> str:
         out.append(f'<line class="mark" x1="{left}" x2="{right:.0f}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>'
                    f'<text class="tick" x="{left + 4}" y="{y(mark) - 4:.1f}">{esc(meaning)}</text>')
     out += [f'<line class="mark" x1="{x(cut):.1f}" x2="{x(cut):.1f}" y1="{top}" y2="{bottom}"/>' for cut in panel.cuts]
-    for series in reversed(panel.series):  # the first one lies on top
+    grey = [series for series in panel.series if series.colour == GREY]
+    for series in [*grey, *(s for s in reversed(panel.series) if s.colour != GREY)]:  # the first one lies on top
         out += _series(series, x, y)
     if len(labels) > 1:
         out += _labels(labels, x, y, top, bottom)
@@ -135,10 +140,9 @@ def svg(panel: Panel, width: int = 390, height: int = 250) -> str:
 
 
 def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
-    mark = f's{series.colour % len(PALETTE)}'
-    dash = DASHES[series.colour // len(PALETTE) % len(DASHES)]
+    mark, dash = tone(series.colour), DASHES[max(0, series.colour) // len(PALETTE) % len(DASHES)]
     out = []
-    if series.low is not None and series.high is not None and len(series.xs) > 1:
+    if series.low is not None and series.high is not None and len(series.xs) > 1 and series.colour != GREY:
         upper = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(series.xs, series.high)]
         lower = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(series.xs, series.low)]
         out.append(f'<polygon class="band {mark}" points="{" ".join(upper + lower[::-1])}"/>')
@@ -147,10 +151,11 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[str]:
         style = f' stroke-dasharray="{dash}"' if dash else ""
         out.append(f'<polyline class="line {mark}{" strong" if series.strong else ""}" points="{points}"{style}/>')
     if series.hollow is not None or series.tips is not None or len(series.xs) == 1 or not series.line:
+        size = 1.6 if series.colour == GREY else 2.4
         for i, (a, b) in enumerate(zip(series.xs, series.ys)):
             tip = f' data-tip="{esc(series.tips[i])}"' if series.tips else ""
             kind = "hollow" if series.hollow is not None and series.hollow[i] else "dot"
-            out.append(f'<circle class="{kind} {mark}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.4"{tip}/>')
+            out.append(f'<circle class="{kind} {mark}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{size}"{tip}/>')
     return out
 
 
@@ -169,7 +174,7 @@ def _labels(series: Sequence[Series], x: _Scale, y: _Scale, top: float, bottom: 
         clear = [place for place in free if abs(place - height) < 45 and not _crossed(lines, start, end, place)]
         place = [*clear, *free, height][0]
         taken.append((start, end, place))
-        mark = f"s{one.colour % len(PALETTE)}"
+        mark = tone(one.colour)
         if abs(place - height) > 7:
             out.append(f'<line class="leader {mark}" x1="{start - 4:.1f}" y1="{height:.1f}" '
                        f'x2="{start:.1f}" y2="{place:.1f}"/>')
@@ -206,7 +211,7 @@ def svg_bars(bars: Sequence[Bar], fmt: Callable[[float], str], zero: bool = Fals
     if zero:
         out.append(f'<line class="mark" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="4" y2="{height - 24}"/>')
     for row, bar in enumerate(bars):
-        y, mark = 18 + 24 * row, f"s{bar.colour % len(PALETTE)}"
+        y, mark = 18 + 24 * row, tone(bar.colour)
         out.append(f'<text class="label {mark}" x="{left - 10:.0f}" y="{y + 4}" text-anchor="end">'
                    f"{esc(bar.label)}</text>")
         if bar.low is not None and bar.high is not None:
@@ -221,61 +226,3 @@ def esc(text: object) -> str:
     """Text made harmless in HTML, in and outside of quotes; control characters that HTML forbids are shown as �."""
     clean = "".join(c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
     return html.escape(clean, quote=True)
-
-
-def draw_files(panels: Sequence[Panel], path: Path, columns: int = 3) -> list[Path]:
-    """The panels as one figure, `path`.png and `path`.svg."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    style = {"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "axes.titlelocation": "left"}
-    with mpl.rc_context(style):  # pyright: ignore[reportArgumentType]
-        figure = Figure(figsize=(4.3 * columns, 3.0 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        for i, panel in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, i + 1)
-            _draw(axes, panel)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, panel=panel: panel.x_format(value)))
-            if not panel.log:
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, panel=panel: panel.y_format(value)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
-        figure.savefig(files[0], dpi=150)
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
-
-
-def _draw(axes: Any, panel: Panel) -> None:  # of matplotlib, which is not imported up here
-    axes.set_title(panel.title, fontsize=10, fontweight="bold")
-    axes.set_xlabel(panel.xlabel)
-    for mark, meaning in panel.marks:
-        axes.axhline(mark, color="#777777", linewidth=0.8, linestyle=":")
-        axes.annotate(meaning, (0.01, mark), xycoords=("axes fraction", "data"), fontsize=7, color="#555555",
-                      va="bottom")
-    for cut in panel.cuts:
-        axes.axvline(cut, color="#777777", linewidth=0.8, linestyle=":")
-    for order, series in enumerate(panel.series):
-        colour = PALETTE[series.colour % len(PALETTE)]
-        dash = (None, (5, 2), (1.5, 2))[series.colour // len(PALETTE) % 3]
-        if series.low is not None and series.high is not None:
-            axes.fill_between(series.xs, series.low, series.high, color=colour, alpha=0.15, linewidth=0)
-        style = {"color": colour, "zorder": 20 - order, "linewidth": 2.2 if series.strong else 1.4}
-        label = series.label.replace("$", r"\$") or None
-        axes.plot(series.xs, series.ys, linestyle="-" if series.line else "none", marker="" if series.line else "o",
-                  markersize=3, label=label, **({"dashes": dash} if dash and series.line else {}), **style)
-        if series.hollow is not None:
-            for hollow in (True, False):
-                points = [(a, b) for a, b, h in zip(series.xs, series.ys, series.hollow) if h == hollow]
-                axes.scatter([a for a, _ in points], [b for _, b in points], s=9, zorder=30, linewidth=0.8,
-                             edgecolor=colour, facecolor="white" if hollow else colour)
-    if panel.log:
-        axes.set_yscale("log")
-    if panel.floor is not None:
-        axes.set_ylim(bottom=min(axes.get_ylim()[0], panel.floor))
-    if len([series for series in panel.series if series.label]) > 1:
-        axes.legend(fontsize=7, frameon=False)

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from bridgelm.analysis import ACCURACIES, MARGIN, SHARED, Claim, Comparison, Method, disagreement
 from bridgelm.progress import clock, short
-from bridgelm.report_panels import VERDICTS, share, signed
+from bridgelm.report_panels import VERDICTS, colours, share, signed
 from bridgelm.runs import Run
 from bridgelm.stats import Estimate
 
@@ -83,6 +83,10 @@ def names(labels: Sequence[str]) -> str:
     return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
 
 
+def few(labels: Sequence[str]) -> str:
+    return names(labels) if len(labels) <= 6 else f"{len(labels)} methods ({labels[0]}, {labels[1]}, ...)"
+
+
 def lead(comparison: Comparison) -> str:
     """The answer in two sentences."""
     base = comparison.base.label
@@ -91,7 +95,7 @@ def lead(comparison: Comparison) -> str:
     first = f"{base} ends at {interval(found)} % on the test set." if found else f"{base} has no test figures yet."
     for figure, words in (("final", "There it"), ("at_flops", "At equal FLOPs it")):
         claims = [claim for claim in comparison.claims if claim.figure == figure]
-        parts = [f"{text} {names([c.other for c in claims if c.verdict == verdict])}"
+        parts = [f"{text} {few([c.other for c in claims if c.verdict == verdict])}"
                  for verdict, text in VERBS.items() if any(c.verdict == verdict for c in claims)]
         if parts:
             first += f" {words} {', '.join(parts[:-1]) + ', and ' if len(parts) > 1 else ''}{parts[-1]}."
@@ -108,7 +112,9 @@ def where_base_does_not_win(comparison: Comparison) -> list[str]:
         parts = []
         for verdict in ("behind", "equal", "unclear"):
             found = [f"{claim.other} ({gap(claim)})" for claim in claims if claim.verdict == verdict]
-            if found:
+            if found and verdict == "unclear" and len(found) > 6:
+                parts.append(f"{VERBS[verdict]} {len(found)} methods (their differences are in the tables)")
+            elif found:
                 parts.append(f"{VERBS[verdict]} {names(found)}")
         sentences.append(f"{heading}: {base} {'; it '.join(parts)}." if parts
                          else f"{heading}: {base} is ahead of every other method here.")
@@ -138,8 +144,14 @@ def _amounts(amounts: dict[str, float], base: str, axis: str) -> str:
     size = f"{own:,.0f}" if axis == "rollouts" else short(own)
     if not rest:
         return f"equal, {size} a run."
-    other = ", ".join(f"{label} {'none' if value == 0 else f'{value / own:.2f}×'}" for label, value in rest.items())
-    return f"{names(alike)} {'each ' if len(alike) > 1 else ''}{size} a run; against that, {other}."
+    times = {label: "none" if value == 0 else f"{value / own:.2f}×" for label, value in rest.items()}
+    if len(rest) > 8:
+        order = sorted(rest, key=lambda label: rest[label])
+        other = f"{len(rest)} methods from {times[order[0]]} ({order[0]}) to {times[order[-1]]} ({order[-1]})"
+    else:
+        other = ", ".join(f"{label} {times[label]}" for label in rest)
+    same = names(alike) if len(alike) <= 6 else f"{len(alike)} methods"
+    return f"{same} {'each ' if len(alike) > 1 else ''}{size} a run; against that, {other}."
 
 
 def result_table(comparison: Comparison) -> Table:
@@ -155,7 +167,7 @@ def result_table(comparison: Comparison) -> Table:
         row = comparison.table[method.label]
         rows.append([method.label, str(len(method.by_seed)), *(interval(row[key]) for key in keys),
                      *(_at_budget(method, row[f"at_{axis}"], axis, comparison) for axis in budgets)])
-    return Table(headers, rows, range(len(rows)), "Accuracy in percent, mean and 95 % interval.")
+    return Table(headers, rows, colours(comparison), "Accuracy in percent, mean and 95 % interval.")
 
 
 def _at_budget(method: Method, estimate: Estimate | None, axis: str, comparison: Comparison) -> str:
@@ -166,7 +178,7 @@ def _at_budget(method: Method, estimate: Estimate | None, axis: str, comparison:
 
 def difference_table(comparison: Comparison, figure: str) -> Table:
     rows, marks = [], []
-    order = {method.label: i for i, method in enumerate(comparison.methods)}
+    order = dict(zip((method.label for method in comparison.methods), colours(comparison)))
     for claim in comparison.claims:
         if claim.figure != figure:
             continue
@@ -195,7 +207,7 @@ def cost_table(comparison: Comparison) -> Table:
                      *(share(parts.get(name)) for name in LEDGER.values()), clock(value["seconds"]),
                      clock(value["cpu_seconds"]), "–" if value["memory"] is None else f"{value['memory']:,.0f} MB"])
     caption = "Mean of the seeds. Generate, train and score are shares of the FLOPs."
-    return Table(headers, rows, range(len(rows)), caption)
+    return Table(headers, rows, colours(comparison), caption)
 
 
 def ledger(method: Method) -> dict[str, float]:
@@ -207,7 +219,7 @@ def ledger(method: Method) -> dict[str, float]:
 
 def run_table(comparison: Comparison) -> Table:
     rows, marks = [], []
-    for i, method in enumerate(comparison.methods):
+    for i, method in zip(colours(comparison), comparison.methods):
         for run in method.runs:
             steps = f"{run.steps}/{run.config.get('steps', '?')}"
             rows.append([run.name, method.label, str(run.seed), run.status, steps, share(run.accuracy), _machine(run),

@@ -235,7 +235,7 @@ def test_show_reads_equation_defaults_and_sources_from_the_code(capsys: pytest.C
     assert main(["show", "bridge"]) == 0
     text = capsys.readouterr().out
     for part in (methods_info.docstring("bridge"), "Needs of the data: demos", "lambda = 0.5",
-                 "rank = 16", "rl.clip_low = 0.2", "# truncation of the shadow's token ratio",
+                 "rank = 16", "rl.clip_low = 0.2", "truncation of the shadow's token ratio",
                  'preset = "paper" sets'):
         assert part in text
     for row in methods_info.option_rows(methods_info.find("bridge")):

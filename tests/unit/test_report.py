@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import scipy.stats
 
-from bridgelm import compare_all, methods_info
+from bridgelm import compare_all, methods_info, report_levels, report_panels
 from bridgelm.analysis import analyse, group, judge
 from bridgelm.compare import compare, resolve, resolve_all
 from bridgelm.compare_runs import Tail
@@ -35,7 +35,7 @@ from bridgelm.report_panels import binned, bridge_panels
 from bridgelm.report_plots import Panel, Series, svg, ticks
 from bridgelm.report_text import what_was_equal
 from bridgelm.runs import Run
-from bridgelm.stats import Difference, mean_interval
+from bridgelm.stats import Difference, mean_interval, wilson
 
 METHODS = {
     "sft": {"name": "sft"},
@@ -389,6 +389,65 @@ def test_sixty_runs_make_a_page_of_bounded_size_quickly(tmp_path, monkeypatch):
     assert {row[1] for row in data["rows"]} == {40}  # the last step of each run is kept
     assert len({row[0] for row in data["rows"]}) == 60
     assert len(html) < 1_500_000
+
+
+def with_levels(path: Path, difficulty: dict, length: dict, tokens: float) -> None:
+    def change(result):
+        result["final"] |= {"by_difficulty": difficulty, "by_length": length, "length": tokens, "truncated": 0.25}
+        return result
+
+    edit(path, "result.json", change)
+
+
+def test_every_method_by_difficulty_and_by_length_with_intervals(tmp_path):
+    for seed, (easy, hard) in enumerate(((0.8, 0.2), (0.6, 0.4), (0.7, 0.3))):
+        path = write_run(tmp_path, "bridge", seed)
+        with_levels(path, {"1": [easy, 60], "2": [hard, 40]}, {"16": [0.9, 50]}, 20 + seed)
+    with_levels(write_run(tmp_path, "grpo"), {"1": [0.5, 60]}, {"16": [0.9, 50], "32": [0.5, 50]}, 30.0)
+    comparison = analyse([Run(path) for path in sorted(tmp_path.iterdir())], "bridge")
+    difficulty, length, tokens = report_levels.level_tables(comparison)
+    expected = mean_interval([0.8, 0.6, 0.7])
+    assert difficulty.headers == ["method", "1", "2"]
+    assert difficulty.rows[0][1] == f"70.0 [{100 * expected.low:.1f}, {100 * expected.high:.1f}]"
+    low, high = wilson(30, 60)
+    assert difficulty.rows[1][1:] == [f"50.0 [{100 * low:.1f}, {100 * high:.1f}]", "–"], "one seed: over problems"
+    assert length.headers == ["method", "16", "32"] and length.rows[0][1].startswith("90.0 [90.0, 90.0]")
+    assert tokens.rows[0][3].startswith("21.0 [") and tokens.rows[0][4] == "25.0 [25.0, 25.0]"
+    run = comparison.methods[1].runs[0]
+    values = [value for _, value in run.series("length")]
+    assert report_levels.training_ends(run) == (statistics.fmean(values[:12]), statistics.fmean(values[-12:]))
+    data = json.loads(json.dumps(report_levels.data(comparison)))
+    assert data["grpo"]["by_length"]["32"]["value"] == 0.5 and data["bridge"]["length"]["final"]["n"] == 3
+
+
+def test_many_levels_share_columns_of_about_equally_many_problems(tmp_path):
+    levels = {f"{0.05 * i:g}": [i / 40, 10] for i in range(40)}
+    with_levels(write_run(tmp_path, "grpo"), levels, {}, 20.0)
+    comparison = analyse([Run(path) for path in tmp_path.iterdir()])
+    there = report_levels.columns(comparison, "by_difficulty")
+    assert [len(column) for column in there] == [5] * 8
+    assert report_levels.estimate(comparison.base, "by_difficulty", there[1]).value == pytest.approx(7 / 40)
+    assert report_levels.level_table(comparison, "by_difficulty", "").headers[1] == "0–0.2"
+
+
+def test_figures_of_many_methods_colour_the_best_and_grey_the_others(tmp_path, monkeypatch):
+    for i in range(14):
+        monkeypatch.setitem(METHODS, f"m{i:02}", {"name": "joint", "mu": 0.1 * (i + 1)})
+        monkeypatch.setitem(END, f"m{i:02}", 0.3 + 0.03 * i)
+        monkeypatch.setitem(PRICE, f"m{i:02}", 1.0)
+        write_run(tmp_path, f"m{i:02}")
+    comparison = analyse([Run(path) for path in sorted(tmp_path.iterdir())], "m03")
+    labels = [method.label for method in comparison.methods]
+    assert labels[0] == "m03" and labels[1:3] == ["m13", "m12"], "the base, then by final accuracy"
+    tones = report_panels.colours(comparison)
+    assert tones == [0, 1, 2, 3, 4, 5, 6, 7, *[-1] * 6]
+    drawn = svg(report_panels.curve_panels(comparison)[0])
+    assert drawn.count('class="line sx"') == 6 and ">m00</text>" not in drawn and ">m13</text>" in drawn
+    page = report(sorted(tmp_path.iterdir()), tmp_path / "out", base="m03", notes=["x is left out: no teacher"])
+    text = page.read_text()
+    assert "In grey: the 6 other methods" in text and "x is left out: no teacher" in text
+    assert "no difference shown from 13" in text
+    assert "6 others" in (tmp_path / "out" / "figures" / "accuracy.svg").read_text()
 
 
 def test_gain_points_are_hollow_where_the_sample_was_too_small(folder):
