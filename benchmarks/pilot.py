@@ -57,7 +57,7 @@ def cold_start(sft_steps: int, sft_lr: float, lr: float) -> Setting:
 def of_bridge(name: str, **fixed: Any) -> list[Setting]:
     return [method(name, lr, beta=beta, probe_every=10, **{"lambda": lam}, **fixed) for lr, beta, lam in
             ((1e-3, 2e-4, 0.5), (1e-3, 2e-4, 0.77), (1e-3, 2e-4, 0.91), (5e-4, 1e-4, 0.77), (1e-3, 1e-3, 0.77),
-             (1e-3, 2e-4, 0.97))]
+             (1e-3, 2e-4, 0.97), (1.4e-3, 2.8e-4, 0.97))]
 
 
 # The mixing weight and the rates. lambda .5, .77, .91 and .97 are the mixtures mu = 1, .3, .1 and .03 of joint.
@@ -76,9 +76,9 @@ GRID: dict[str, list[Setting]] = {
     "bridge_dial": [method("bridge_dial", lr, beta=beta, eta=eta, ratio="truncate", **{"lambda": lam})
                     for lr, beta, eta, lam in
                     ((1e-3, 2e-4, 0.1, 0.5), (1e-3, 2e-4, 0.1, 0.77), (1e-3, 2e-4, 0.1, 0.91), (1e-3, 2e-4, 0.3, 0.5),
-                     (1e-3, 2e-4, 0.3, 0.77), (1e-3, 1e-3, 0.3, 0.77))],
+                     (1e-3, 2e-4, 0.3, 0.77), (1e-3, 1e-3, 0.3, 0.77), (1.4e-3, 2.8e-4, 0.1, 0.91))],
     "barrier": [method("barrier", lr, eta=eta) for lr, eta in
-                ((1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (1e-3, 8.0), (1e-3, 16.0), (5e-4, 4.0))],
+                ((1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (1e-3, 8.0), (1e-3, 16.0), (5e-4, 4.0), (1.4e-3, 16.0))],
     "token_lead": [method("token_lead", lr, mu=mu, eta=eta, source="wrong_demos") for lr, mu, eta in
                    ((1e-3, 1.0, 1.0), (1e-3, 0.3, 1.0), (1e-3, 0.1, 1.0), (1e-3, 0.03, 1.0), (1e-3, 0.3, 2.0),
                     (1e-3, 0.1, 2.0))],
