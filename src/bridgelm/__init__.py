@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "diagnose", "evaluate", "export", "load_config",
-           "report", "train"]
+           "merge", "report", "train"]
 
 _HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
 
@@ -52,6 +52,13 @@ def export(run: str | Path, out: str | Path, *, which: str = "final") -> Path:
     from bridgelm import checkpoint
 
     return checkpoint.export(Path(run), Path(out), which=which)
+
+
+def merge(one: str | Path, other: str | Path, out: str | Path, *, weight: float = 0.5, which: str = "final") -> Path:
+    """Write (1 - weight) `one` + weight `other`, two runs or model folders, as an ordinary Hugging Face folder."""
+    from bridgelm import merging
+
+    return merging.merge(one, other, Path(out), weight, which)
 
 
 def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3,

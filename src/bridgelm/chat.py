@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -154,6 +155,23 @@ class Chat:
         """What the ids say, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
+
+    def span(self, ids: Sequence[int] | np.ndarray, opening: str, closing: str) -> tuple[int, int] | None:
+        """The tokens (start, end) that lie wholly between the first `opening` of an answer and the `closing` after it:
+        none that is also part of one of them. None where one is missing."""
+        def text(count: int) -> str:
+            return self.tokenizer.decode([int(i) for i in ids[:count]], clean_up_tokenization_spaces=False)
+
+        opening, closing = opening.strip(), closing.strip()  # white space goes with the token that follows it
+        whole = text(len(ids))
+        begin = whole.find(opening)
+        stop = whole.find(closing, begin + len(opening)) if begin >= 0 else -1
+        if stop < 0:
+            return None
+        counts = range(len(ids) + 1)  # both grow with the number of tokens: found by halving
+        start = bisect_left(counts, begin + len(opening), key=lambda n: len(text(n)))
+        end = bisect_right(counts, stop, key=lambda n: len(text(n))) - 1
+        return start, max(start, end)
 
     def _demo_text(self, text: str) -> str:
         """A demonstration that repeats what stands there anyway: the opened `<think>`, or a typed end token."""

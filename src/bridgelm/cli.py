@@ -80,6 +80,14 @@ def _add_training(commands: Any) -> None:
     _takes_which(export)
 
 
+    merge = _command(commands, "merge", run_merge, "average the weights of two runs or models into one model folder")
+    merge.add_argument("one", metavar="RUN_OR_MODEL_A")
+    merge.add_argument("other", metavar="RUN_OR_MODEL_B")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument("--weight", type=float, default=0.5, metavar="W", help="share of B (default .5)")
+    _takes_which(merge)
+
+
 def _add_reading(commands: Any) -> None:
     report = _command(commands, "report", run_report, "write one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -202,6 +210,13 @@ def run_export(args: argparse.Namespace) -> None:
     import bridgelm
 
     print(bridgelm.export(args.run, args.out, which=args.which))
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    import bridgelm
+
+    out = bridgelm.merge(args.one, args.other, args.out, weight=args.weight, which=args.which)
+    print(f"{out}\nnext: bridgelm eval {out} --config FILE.toml")
 
 
 def run_check(args: argparse.Namespace) -> None:

@@ -71,6 +71,7 @@ class Data:
             "paired_demos": any(own),
             "two_traces": any(count >= 2 for count in own),
             "val": bool(self.splits.validation),
+            "labels": all(problem.answer for problem in self.splits.train),
             "behaviour": bool(self._pairs) and all(demo.logps is not None for _, demo in self._pairs),
         }
         return frozenset(name for name, yes in there.items() if yes)

@@ -136,17 +136,28 @@ class Policy(Weights):
         for b, (i, row) in enumerate(zip(indices, rows, strict=True)):
             into[i] = values[b, :len(row.ids)]
 
-    @torch.no_grad()
     def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:
         """Log-probs of rows' own tokens at each row's temperature, without gradients."""
+        return self._scored(rows, at, False)[0]
+
+    def score_and_entropy(self, rows: list[Row], at: str = "live") -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The log-probs of own tokens, and the entropy of the distribution that each stands in, of one pass."""
+        return self._scored(rows, at, True)
+
+    @torch.no_grad()
+    def _scored(self, rows: list[Row], at: str, entropy: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
         logps: dict[int, np.ndarray] = {}
+        entropies: dict[int, np.ndarray] = {}
         with self.at(at):
             for indices in batching.plan(rows, self.micro_tokens, set()):
                 chosen = [rows[i] for i in indices]
                 micro = batching.collate(chosen, self.master, self.device, {})
-                self._keep(logps, indices, chosen, forward(self.model, micro).logp_BT)
+                live = forward(self.model, micro, entropy)
+                self._keep(logps, indices, chosen, live.logp_BT)
+                if live.entropy_BT is not None:
+                    self._keep(entropies, indices, chosen, live.entropy_BT)
         self.ledger.score += sum(len(row.ids) for row in rows)
-        return [logps[i] for i in range(len(rows))]
+        return [logps[i] for i in range(len(rows))], [entropies[i] for i in range(len(rows)) if entropy]
 
     def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None) -> float:
         """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place.

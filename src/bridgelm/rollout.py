@@ -47,13 +47,15 @@ class Roller:
             teacher.ledger = policy.ledger
         self.policy, self.engine, self.chat, self.grader, self.config = policy, engine, chat, grader, config
         rollout = config.rollout
-        self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
+        self.own = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
+        self.sampling = self.own
         self.step = self.calls = self.groups_made = 0
         self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether the verifier failed on the last answers
 
     def begin(self, step: int) -> None:
-        """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same."""
-        self.step, self.calls, self.groups_made = step, 0, 0
+        """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same. A
+        method may sample otherwise than the run says (`sampling`), for the length of a step."""
+        self.step, self.calls, self.groups_made, self.sampling = step, 0, 0, self.own
 
     def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live", *,
                  prefixes: Sequence[np.ndarray] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:

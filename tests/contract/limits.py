@@ -51,5 +51,6 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "interleaved": lambda method, sft, policy, step: {"theta_sft": sft.theta},
     "data_mixing": lambda method, sft, policy, step: of_theta(1.0, sft),
     "shuffle_r1": wrapped,
+    "gta": lambda method, sft, policy, step: of_theta(1.0, sft),
     "alternate": lambda method, sft, policy, step: {"theta_sft": sft.theta},
 }

@@ -8,6 +8,8 @@ BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0, "probe_every": 2}
 LEAKY = {"name": "bridge_leaky", "rank": 2, "alpha": 4.0, "probe_every": 2, "agreement_decay": 0.5}
 DIAL = {"name": "bridge_dial", "rank": 2, "alpha": 4.0, "probe_every": 2, "eta": 0.5, "scales": [0.0, 1.5]}
 GUIDE = {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1, "kappa": 0.1}
+STAGED = {"name": "staged", "target_entropy": 2.2, "probe": 6, "rounds": 1,
+          "lengths": [{"length": 0.5}, {"length": 1.0}]}
 SFT_THEN_GRPO = [{"method": {"name": "sft"}, "steps": 2, "lr": 2e-2}, {"method": {"name": "grpo"}}]
 
 METHOD: dict[str, dict[str, Any]] = {
@@ -35,6 +37,8 @@ METHOD: dict[str, dict[str, Any]] = {
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 4},
     "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
     "pear": {"name": "pear"},
+    "staged": STAGED,
+    "gta": {"name": "gta", "open": "", "close": "", "format": "", "rl": {"kl_coef": 0.0}},
 }
 TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
 READINGS: dict[str, dict[str, Any]] = {
@@ -68,6 +72,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "sft, then shuffle_r1 round joint": {"name": "sequence", "stages": [
         {"method": {"name": "sft"}, "steps": 1},
         {"method": {"name": "shuffle_r1", "method": {"name": "joint", "rl": {"aggregate": "row"}}, "draws": 2}}]},
+    "gta with tags": {"name": "gta", "open": "+ ", "close": " =", "format": "", "words": 1},
     "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
     "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
     "trapo, paper's table with a reference": {"name": "trapo", "table": "paper", "baseline": "own",

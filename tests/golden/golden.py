@@ -52,11 +52,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 2},
     "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
     "pear": {"name": "pear"},
+    "staged": {"name": "staged", "target_entropy": 1.0, "probe": 6, "lengths": [{"length": 0.5}, {"length": 1.0}]},
+    "gta": {"name": "gta", "open": "", "close": "", "format": ""},
 }
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
-        "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/", "reward",
-        "lr")
+        "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/",
+        "staged/", "gta/", "reward", "lr")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:

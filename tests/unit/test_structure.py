@@ -42,7 +42,7 @@ LAYERS = [
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
     ["credit", "losses", "cooperation", "rollout"],
     ["methods"],
-    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "evaluation", "probe", "training",
+    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "probe", "training",
      "training_*"],
     ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them

@@ -12,6 +12,7 @@ from bridgelm.methods.data_mixing import DataMixing
 from bridgelm.methods.dft import Dft
 from bridgelm.methods.gac import Gac
 from bridgelm.methods.grpo import Grpo
+from bridgelm.methods.gta import Gta
 from bridgelm.methods.guide import Guide
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
@@ -22,6 +23,7 @@ from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
 from bridgelm.methods.shuffle_r1 import ShuffleR1
+from bridgelm.methods.staged import Staged
 from bridgelm.methods.token_lead import TokenLead
 from bridgelm.methods.trapo import Trapo
 
@@ -49,6 +51,8 @@ METHODS: dict[str, type[Method]] = {
     "gac": Gac,
     "kdrl": Kdrl,
     "pear": Pear,
+    "staged": Staged,
+    "gta": Gta,
 }
 
 __all__ = ["METHODS", "Method"]

@@ -27,6 +27,7 @@ NEEDS = {
     "teacher": "a second model: give a table [teacher] with the name_or_path of a model of the same tokenizer",
     "behaviour": "the log-probs of the demonstrations' author: give `demo_logps` in their rows, or a [teacher]",
     "val": "a validation set (`data.validation`)",
+    "labels": "an answer in every row of `data.train`",
 }
 
 
