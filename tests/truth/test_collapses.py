@@ -16,12 +16,14 @@ from torch import Tensor
 from transformer import wide_norm
 
 from bridgelm import training
+from bridgelm.batching import make_batch
 from bridgelm.config import make_config
-from bridgelm.methods import METHODS, bridge, joint, token_lead
+from bridgelm.methods import METHODS, bridge, chord, joint, token_lead, trapo
 from tiny import open_session, raw_config
 
 STEPS = 2
 Course = list[dict[str, Tensor]]
+PLAIN = {"std": False, "clip_high": 0.2, "aggregate": "row"}  # chord has other defaults than grpo
 FROZEN = {"name": "bridge", "beta": 1e-300}  # of Adam: w starts at B = 0 and is at 1e-300 after a step
 
 
@@ -68,6 +70,8 @@ COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bridge at lambda 1/4, w frozen, is joint at mu 3": ({**FROZEN, "lambda": 0.25}, {"name": "joint", "mu": 3.0}),
     "token_lead with flat weights is joint": ({"name": "token_lead", "eta": 0.0, "mu": 0.7},
                                               {"name": "joint", "mu": 0.7}),
+    "chord at mu 1, plain, is sft": ({"name": "chord", "tokens": "plain", "mu": 1.0}, {"name": "sft"}),
+    "chord at mu 0 is grpo": ({"name": "chord", "mu": 0.0, "rl": PLAIN}, {"name": "grpo", "rl": PLAIN}),
 }
 MIX = "grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
 MUTANTS: dict[str, tuple[Any, Swaps]] = {
@@ -76,6 +80,8 @@ MUTANTS: dict[str, tuple[Any, Swaps]] = {
     "bridge at lambda 1/4, w frozen, is joint at mu 3":
         (bridge, ((MIX, "grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),)),
     "token_lead with flat weights is joint": (token_lead, (("np.exp(o.eta * ", "np.exp((o.eta + .1) * "),)),
+    "chord at mu 0 is grpo": (chord, (('rl_coef(self.options.rl, 1 - mu) | {"nll": mu}',
+                                       'rl_coef(self.options.rl, 1 - mu) | {"nll": mu + 1e-3}'),)),
 }
 
 
@@ -92,3 +98,28 @@ def test_a_mutant_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim:
     monkeypatch.setitem(METHODS, name, getattr(mutate(module, swaps), METHODS[name].__name__))
     one, other = (course(tmp_path / str(i), method) for i, method in enumerate(COLLAPSES[claim]))
     assert differ(one, other) > 1e-6
+
+
+# -- TrSFT, the loss of trapo's given tokens, on the demonstrations of sft ---------------------------------------------
+
+def of_demonstrations(folder: Path, module: Any, alpha: float, other: str) -> float:
+    """How far the gradient of trapo's terms is from another method's, on that one's rows."""
+    session = open_session(make_config(raw_config(folder, {"name": other})))
+    config = make_config(raw_config(folder / "trapo", {"name": "trapo", "alpha": alpha, "entropy_coef": 0.0}))
+    batch = make_batch(session.method.gather(session.data, session.roll, 0))
+    found = [session.policy.grad(method.terms, batch, {"nll": 1.0}).theta
+             for method in (module.Trapo(config.method, config), session.method)]
+    session.folder.close()
+    session.roll.grader.close()
+    return differ([found[0]] * STEPS, [found[1]] * STEPS)
+
+
+CLAIMS = {"alpha 0 is sft": (0.0, "sft"), "alpha to 0 is sft": (1e-12, "sft"), "alpha 1 is dft": (1.0, "dft")}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_trsft_lies_between_sft_and_dft(tmp_path: Path, claim: str) -> None:
+    assert of_demonstrations(tmp_path, trapo, *CLAIMS[claim]) < 1e-9
+    other = {"sft": "dft", "dft": "sft"}[CLAIMS[claim][1]]
+    assert of_demonstrations(tmp_path / "other", trapo, CLAIMS[claim][0], other) > 1e-3
+    assert of_demonstrations(tmp_path / "half", trapo, 0.1, CLAIMS[claim][1]) > 1e-3, "between them it is neither"
