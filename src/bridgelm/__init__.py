@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from bridgelm.runs import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "diagnose", "evaluate", "export", "load_config",
-           "merge", "report", "train"]
+__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "demos", "diagnose", "evaluate", "export",
+           "load_config", "merge", "report", "train"]
 
 _HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
 
@@ -77,6 +77,21 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None) -> Path:
     """Write the page about one or more run folders; `base` names the method that the others are compared with."""
     return import_module("bridgelm.report").report(runs, out, base=base)
+
+
+def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *, force: bool = False,
+          **wanted: Any) -> dict[str, int]:
+    """Sample demonstrations as `bridgelm demos` does, with its options as arguments (samples=8, paired=True, ...), and
+    return the counts."""
+    from dataclasses import fields
+
+    from bridgelm.preflight import to_sample
+
+    inner = import_module("bridgelm.demonstrations")
+    known = {field.name for field in fields(inner.Wanted)}
+    for name in wanted.keys() - known:
+        raise import_module("bridgelm.errors").UserError(f"demos: unknown option {name!r}; known: {sorted(known)}")
+    return inner.write_demos(to_sample(_as_config(config)), out, inner.Wanted(**wanted), force=force)
 
 
 def diagnose(runs: Sequence[str | Path], out: str | Path | None = None, *, measure: bool = False) -> Path:

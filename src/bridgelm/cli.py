@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bridgelm import __version__
+from bridgelm import __version__, cli_demos
 from bridgelm.errors import UserError
 
 EXAMPLES = """examples:
@@ -73,6 +73,9 @@ def _add_training(commands: Any) -> None:
     evaluate.add_argument("--split", choices=["test", "validation", "train", "hard"], default="test")
     evaluate.add_argument("--samples", type=_count, default=0, metavar="K", help="also avg@k and pass@k from K samples")
     _takes_which(evaluate)
+
+    about = "sample demonstrations from the teacher, or from the model itself, and keep the right ones"
+    cli_demos.takes(_command(commands, "demos", cli_demos.run, about), _count)
 
     export = _command(commands, "export", run_export, "write a run's model as a plain Hugging Face folder")
     export.add_argument("run", type=Path, metavar="RUN")

@@ -39,6 +39,13 @@ def ready(config: RunConfig) -> RunConfig:
     return absolute(config)
 
 
+def to_sample(config: RunConfig) -> RunConfig:
+    """A configuration that is only sampled from. Its data.demos may be what is about to be made."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"demos": None})})
+    check_static(config, trains=False)
+    return absolute(config)
+
+
 def check_static(config: RunConfig, trains: bool = True) -> None:
     """Everything but the run folder: a finished run's own configuration passes as well. What only samples need not have
     what its method needs."""

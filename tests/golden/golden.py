@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
         "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/",
-        "staged/", "gta/", "reward", "lr")
+        "staged/", "gta/", "kdrl/", "pear/", "reward", "lr")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:

@@ -43,7 +43,7 @@ LAYERS = [
     ["credit", "losses", "cooperation", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "probe", "training",
-     "training_*"],
+     "training_*", "demonstrations"],
     ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]
