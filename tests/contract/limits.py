@@ -33,9 +33,13 @@ def wrapped(method: Any, sft: Grads, policy: Policy, step: int) -> Wanted:
     return LIMITS.get(method.inner.options.name, lambda *_: {})(method.inner, sft, policy, step)
 
 
+# Terms beside `nll` that stay where RL's advantages are zero: their gradients are in `sft` below.
+STAY: dict[str, tuple[str, ...]] = {"srft": ("own",)}  # right answers are imitated, wrong ones pushed away
+
 LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
     "chord": lambda method, sft, policy, step: of_theta(method.mu(step), sft),
+    "srft": lambda method, sft, policy, step: of_theta(1.0, sft),
     # The prior is above the start, by more than the first step may go.
     "gac": lambda method, sft, policy, step: of_theta(method.options.start + method.options.cap, sft),
     "token_lead": lambda method, sft, policy, step: joint(method.options.mu, sft),

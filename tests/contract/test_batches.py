@@ -21,7 +21,7 @@ from bridgelm.methods import METHODS
 from bridgelm.options import MethodOptions
 from bridgelm.types import Grade, Live, Micro, Row, Verdict
 
-from .limits import LIMITS
+from .limits import LIMITS, STAY
 from .variants import LATE, METHOD, VARIANTS, sections
 
 Make = Callable[..., Any]
@@ -209,7 +209,8 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
         return
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
     if method.options.name in LIMITS:
-        sft = policy.grad(method.terms, batch, {"nll": 1.0}, entropy=True)
+        stay = dict.fromkeys(("nll", *STAY.get(method.options.name, ())), 1.0)
+        sft = policy.grad(method.terms, batch, stay, entropy=True)
         wanted |= LIMITS[method.options.name](method, sft, policy, session.step)
     seen: dict[str, grads.Gradient] = {}
     apply = type(policy).apply

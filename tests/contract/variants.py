@@ -33,6 +33,7 @@ METHOD: dict[str, dict[str, Any]] = {
     "sasr": {"name": "sasr", "warmup": 0.25, "gamma": 9.0, "rl": {"kl_coef": 0.0}},
     "amft": {"name": "amft", "warmup": 0.25, "every": 1, "problems": 2, "eta": 0.1, "eta_entropy": 0.0},
     "luffy": {"name": "luffy"},
+    "srft": {"name": "srft", "entropy": 0.0},
     "chord": {"name": "chord", "mu": 0.6, "mu_end": 0.1, "decay": 4},
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 4},
     "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
@@ -87,6 +88,11 @@ READINGS: dict[str, dict[str, Any]] = {
         {"method": {"name": "kdrl", "rl_weight": 0.0, "beta": 1.0, "delta": 0.0}, "steps": 1},
         {"method": {"name": "pear", "weights": "block", "normalise": "batch"}, "steps": 1},
         {"method": {"name": "grpo"}}]},
+    "luffy, own baseline": {"name": "luffy", "baseline": "own", "demos": 2, "clip": True, "entropy": 0.0,
+                            "rl": {"std": True, "aggregate": "row", "kl_coef": 0.1}},
+    "srft, the other signs": {"name": "srft", "sft_sign": "plus", "entropy_of": "token", "demos": 2, "std": True,
+                              "aggregate": "token"},
+    "chord, plain with a warm-up": {"name": "chord", "preset": "mu", "warmup": 2, "decay": 3, "rl": {"kl_coef": 0.1}},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],

@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "amft": {"name": "amft", "warmup": 0.34, "every": 2, "problems": 2, "eta": 0.1},
     "sasr": {"name": "sasr", "warmup": 0.34, "gamma": 12.0},
     "luffy": {"name": "luffy"},
+    "srft": {"name": "srft"},
     "chord": {"name": "chord", "preset": "both", "warmup": 1, "decay": 2},
     "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 2},
     "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
@@ -58,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
         "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/",
-        "staged/", "gta/", "kdrl/", "pear/", "reward", "lr")
+        "staged/", "gta/", "kdrl/", "pear/", "srft/", "reward", "lr")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:

@@ -68,6 +68,12 @@ COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bridge at lambda 0, w frozen, is sft": ({**FROZEN, "lambda": 0.0}, {"name": "sft"}),
     "bridge at lambda 1, w frozen, is grpo": ({**FROZEN, "lambda": 1.0}, {"name": "grpo"}),
     "bridge at lambda 1/4, w frozen, is joint at mu 3": ({**FROZEN, "lambda": 0.25}, {"name": "joint", "mu": 3.0}),
+    "plain chord at mu 1/3 is joint at mu 1/2": (
+        {"name": "chord", "tokens": "plain", "mu": 1 / 3, "rl": {"std": False, "clip_high": 0.28}},
+        {"name": "joint", "mu": 0.5}),
+    "gac at its prior alone is chord": (
+        {"name": "gac", "blend": 0.0, "cap": 1.0, "warmup": 0, "decay_steps": 3, "prior": 0.8, "prior_end": 0.1},
+        {"name": "chord", "mu": 0.8, "mu_end": 0.1, "decay": 3}),
     "token_lead with flat weights is joint": ({"name": "token_lead", "eta": 0.0, "mu": 0.7},
                                               {"name": "joint", "mu": 0.7}),
     "chord at mu 1, plain, is sft": ({"name": "chord", "tokens": "plain", "mu": 1.0}, {"name": "sft"}),

@@ -23,6 +23,7 @@ from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
 from bridgelm.methods.shuffle_r1 import ShuffleR1
+from bridgelm.methods.srft import Srft
 from bridgelm.methods.staged import Staged
 from bridgelm.methods.token_lead import TokenLead
 from bridgelm.methods.trapo import Trapo
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "sasr": Sasr,
     "amft": Amft,
     "luffy": Luffy,
+    "srft": Srft,
     "chord": Chord,
     "gac": Gac,
     "kdrl": Kdrl,

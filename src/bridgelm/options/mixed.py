@@ -37,6 +37,21 @@ class PlainGrpo(PolicyGradient):
     std: bool = True
 
 
+class SrftOptions(Strict):
+    """[R]: an independent reproduction; [P]: the paper, by secondary notes on it; see docs/methods/srft.md."""
+
+    name: Literal["srft"] = "srft"
+    demos: Count = 1  # as in `luffy` [R]
+    sft: Weight = 0.5  # of exp(-H) [P]
+    right: Weight = 0.1  # of exp(H), for right own answers; wrong ones have 1 [P]
+    sft_sign: Literal["minus", "plus"] = "minus"  # exp(-H) [P, R]; the authors' public code is said to have exp(+H)
+    entropy_of: Literal["sequence", "token"] = "sequence"  # H a row's mean [R], or each token's own, as there
+    shape: Rate = 0.1  # of f(p) = p / (p + shape) [R]
+    std: bool = False  # divide the demonstration's advantage by the group's deviation; [R] does not
+    aggregate: Literal["token", "row", "constant"] = "constant"  # of the two RL losses [R]
+    entropy: Weight = 0.001  # bonus, a mean over the tokens of all members; the authors' setting
+
+
 # What each CHORD preset sets: the paper's two variants, and the official example, which has both. Sources: the comments
 # of the official example file [C].
 CHORD_PRESETS: dict[str, dict[str, Any]] = {
@@ -100,4 +115,4 @@ class GacOptions(Strict):
         return self
 
 
-Mixed = LuffyOptions | ChordOptions | GacOptions
+Mixed = LuffyOptions | SrftOptions | ChordOptions | GacOptions
