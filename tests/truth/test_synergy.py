@@ -246,13 +246,15 @@ def test_progressive_is_joint_whose_imitation_ends_in_nothing() -> None:
     mu = np.array([method.mu(step) for step in range(config.steps)])
     assert mu[0] == 1.0 and mu[-1] == 0.0
     np.testing.assert_allclose(np.diff(mu), -1 / (config.steps - 1), rtol=1e-9)
-    assert config.method.normalise
+    assert method.options.normalise
 
 
 def test_refills_are_refused() -> None:
     config = load_config(ROOT / "recipes" / "toy" / "interleaved.toml", ["rollout.refill=1"])
     with pytest.raises(UserError, match=r"rollout\.refill"):
         interleaved_module.Interleaved(config.method, config)
+    with pytest.raises(UserError, match=r"rl\.kl_coef is a part of J_RL"):
+        load_config(ROOT / "recipes" / "toy" / "data_mixing.toml", ["method.rl.kl_coef=0.1"])
     with pytest.raises(UserError, match="sft_lr needs optimisers"):
         load_config(ROOT / "recipes" / "toy" / "interleaved.toml", ["method.optimisers=one", "method.sft_lr=0.1"])
 

@@ -86,7 +86,7 @@ class Staged(Method):
         return descend(policy, batch, self.terms, rl_coef(self.options.rl)) | stage
 
     def warnings(self, metrics: Metrics) -> list[str]:
-        if self.options.target_entropy == 0 or COLD < (self.temperature or 1.0) < HOT:
+        if self.options.target_entropy == 0 or 1.001 * COLD < (self.temperature or 1.0) < HOT / 1.001:
             return []
         return [f"method.target_entropy = {self.options.target_entropy:g} is not reached by any temperature between "
                 f"{COLD:g} and {HOT:g}: the nearest one is used; look at `entropy`, and choose another target"]

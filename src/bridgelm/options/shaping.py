@@ -37,6 +37,13 @@ class DataMixingOptions(Strict):
     buffer: Number = 512  # verified own answers that are kept, the newest; ours
     rl_weight: Weight = 0.0  # of J_RL beside SFT; the other reading: > 0 trains on the rollouts by RL as well
 
+    @model_validator(mode="after")
+    def _a_pull_needs_rl(self) -> DataMixingOptions:
+        if self.rl.kl_coef > 0 and self.rl_weight == 0:
+            raise ValueError("rl.kl_coef is a part of J_RL, which rl_weight = 0 leaves out; give rl_weight, or leave "
+                             "rl.kl_coef out")
+        return self
+
 
 class Length(Strict):
     """One of the stages of `staged`."""
