@@ -19,6 +19,8 @@ from bridgelm import probe as probe_module
 from bridgelm import training
 from bridgelm.batching import halves, make_batch
 from bridgelm.config import make_config
+from bridgelm.diagnose_measure import measure_saved
+from bridgelm.metrics import read_lines
 from bridgelm.runs import Run
 from bridgelm.types import Row
 from tiny import raw_config
@@ -198,3 +200,15 @@ def test_the_sample_is_the_same_for_every_seed_and_held_out_where_it_can_be(sess
     carrying = tuple(type(p)(p.id, p.messages, p.answer, splits.train[0].demos) for p in splits.validation)
     held = probe_module.draw_sample(type(splits)(splits.train, (), carrying, splits.test), first.config)
     assert held.held and {p.id for p, _ in held.demos} <= {p.id for p in carrying}
+
+
+def test_saved_models_measured_afterwards_give_the_same_numbers(tmp_path: Path) -> None:
+    method = {"name": "sequence", "stages": [{"method": {"name": "sft"}, "steps": 2}, {"method": {"name": "joint"}}]}
+    run = training.train(make_config(raw_config(tmp_path, method, steps=4, diagnose=PROBE)), quiet=True)
+    taken = {event["step"]: event for event in run.events if event["event"] == "probe"}
+    rows = {row["step"]: row for row in read_lines(measure_saved(Run(run.path)))}
+    assert {0, 2, 4} <= set(rows) and rows[4]["start"] == 2 and rows[2]["start"] == 0
+    assert taken[4]["kl_start"] > 1e-4 and taken[4]["demo_ce"] != taken[2]["demo_ce"]
+    for step in (0, 2, 4):
+        for key in ("demo_ce", "reward", "cosine", "square_rl", "square_sft", "kl_start", "distance", "start"):
+            assert rows[step][key] == pytest.approx(taken[step][key], rel=1e-9, abs=1e-12), (step, key)
