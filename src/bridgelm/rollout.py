@@ -158,8 +158,10 @@ def author_logps(problem: Problem, demo: Demo, own: np.ndarray) -> np.ndarray | 
 
 
 def summary(rows: list[Row]) -> Metrics:
-    """What a step's rollouts of the live weights say."""
+    """What a step's rollouts of the live weights say. Those that went on from a part of a demonstration are left out
+    where there are others: their reward is also the demonstration's."""
     live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
+    live = [row for row in live if not row.given] or live
     graded = [row for row in live if row.verdict is not Verdict.ERROR]
     if not graded:
         return {"errors": 1.0} if live else {}

@@ -34,7 +34,8 @@ def wrapped(method: Any, sft: Grads, policy: Policy, step: int) -> Wanted:
 
 
 # Terms beside `nll` that stay where RL's advantages are zero: their gradients are in `sft` below.
-STAY: dict[str, tuple[str, ...]] = {"srft": ("own",)}  # right answers are imitated, wrong ones pushed away
+STAY: dict[str, tuple[str, ...]] = {"srft": ("own",),
+                                   "prefix_rft": ("hybrid",)}  # right answers are imitated, wrong ones pushed away
 
 LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
@@ -57,4 +58,9 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "shuffle_r1": wrapped,
     "gta": lambda method, sft, policy, step: of_theta(1.0, sft),
     "alternate": lambda method, sft, policy, step: {"theta_sft": sft.theta},
+    # Where the gate never closes there is no SFT row, and no gradient of one.
+    "hpt": lambda method, sft, policy, step: of_theta(1.0, sft),
+    "uft": lambda method, sft, policy, step: of_theta(method.options.hint, sft),
+    "relift": lambda method, sft, policy, step: {"theta_sft": sft.theta},
+    "prefix_rft": lambda method, sft, policy, step: of_theta(1.0, sft),  # continuations have no baseline
 }

@@ -40,6 +40,11 @@ METHOD: dict[str, dict[str, Any]] = {
     "pear": {"name": "pear"},
     "staged": STAGED,
     "gta": {"name": "gta", "open": "", "close": "", "format": "", "rl": {"kl_coef": 0.0}},
+    "hpt": {"name": "hpt", "gamma": 0.25, "sft": 0.5},
+    "relift": {"name": "relift", "size": 2, "pass_rate": 0.3},
+    "uft": {"name": "uft", "until": 1.0, "hint": 0.1},
+    "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
+    "bread": {"name": "bread", "episodes": 4},
 }
 TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
 READINGS: dict[str, dict[str, Any]] = {
@@ -93,6 +98,12 @@ READINGS: dict[str, dict[str, Any]] = {
     "srft, the other signs": {"name": "srft", "sft_sign": "plus", "entropy_of": "token", "demos": 2, "std": True,
                               "aggregate": "token"},
     "chord, plain with a warm-up": {"name": "chord", "preset": "mu", "warmup": 2, "decay": 3, "rl": {"kl_coef": 0.1}},
+    "hpt, soft": {"name": "hpt", "gate": "soft", "rl": {"kl_coef": 0.1}},
+    "hpt, advantage": {"name": "hpt", "gate": "advantage", "demos": "all", "balance": "terms"},
+    "uft with a reference": {"name": "uft", "hint": 0.0, "rl": {"kl_coef": 0.1, "std": True}},
+    "prefix_rft, two hybrids": {"name": "prefix_rft", "hybrids": 2, "continuation": "zero",
+                                "rl": {"kl_coef": 0.1, "aggregate": "row"}},
+    "bread, new groups": {"name": "bread", "episodes": 3, "reuse": False, "rl": {"kl_coef": 0.1}},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],

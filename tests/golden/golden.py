@@ -55,15 +55,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "pear": {"name": "pear"},
     "staged": {"name": "staged", "target_entropy": 1.0, "probe": 6, "lengths": [{"length": 0.5}, {"length": 1.0}]},
     "gta": {"name": "gta", "open": "", "close": "", "format": ""},
+    "hpt": {"name": "hpt", "gamma": 0.5, "sft": 0.3},
+    "hpt_soft": {"name": "hpt", "gate": "soft"},
+    "relift": {"name": "relift", "size": 1, "pass_rate": 0.5},
+    "uft": {"name": "uft", "until": 1.0, "hint": 0.1},
+    "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
+    "bread": {"name": "bread", "episodes": 4},
 }
+# Of the recorded answers, no group of four fails.
+SECTIONS: dict[str, dict[str, Any]] = {"bread": {"rollout": {"prompts": 6, "group": 2, "max_new_tokens": 6}}}
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
         "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/",
-        "staged/", "gta/", "kdrl/", "pear/", "srft/", "reward", "lr")
+        "staged/", "gta/", "kdrl/", "pear/", "srft/", "reward", "lr",
+        "hpt/", "relift/", "uft/", "prefix_rft/", "bread/")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:
-    raw = raw_config(folder, method, steps=STEPS)
+    raw = raw_config(folder, method, steps=STEPS, **SECTIONS.get(method["name"], {}))
     # A large epsilon: Adam would turn the rounding of a gradient that is nearly zero into a step.
     raw["optim"] = {"lr": 1e-2, "eps": 1e-3}
     if methods_info.needs(method["name"]) & {"teacher", "behaviour"}:

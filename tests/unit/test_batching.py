@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bridgelm import dist
 from bridgelm.batching import collate, idle, make_batch, plan, split_rows
 from bridgelm.types import Problem, Row
 
@@ -99,6 +100,8 @@ def _count_on_a_rank(rank: int, folder: Path) -> None:
     rows = [[row(own=3).with_stream("pg", 1.0)],
             [row(own=5).with_stream("pg", 1.0), row("demo", own=4).with_stream("pg", 0.0)]]
     (folder / f"{rank}.json").write_text(json.dumps(dict(make_batch(rows[rank]).counts)))
+    values = dist.gather([np.array([3.0, 1.0]), np.array([2.0])][rank])
+    (folder / f"{rank}.values.json").write_text(json.dumps(values.tolist()))
     td.destroy_process_group()
 
 
@@ -116,3 +119,5 @@ def test_denominators_are_global_over_ranks(tmp_path: Path) -> None:
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
     assert [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)] == [{"pg": 12.0}] * 2
+    assert [json.loads((tmp_path / f"{r}.values.json").read_text()) for r in range(2)] == [[3.0, 1.0, 2.0]] * 2
+    assert dist.gather(np.array([2.0])).tolist() == [2.0]  # alone

@@ -276,6 +276,20 @@ def test_score_is_grad_without_the_gradient(policy: MakePolicy) -> None:
     assert made.ledger.score == made.ledger.train == sum(len(row.ids) for row in rows)
 
 
+def test_entropies_come_with_the_scores_in_one_pass(policy: MakePolicy) -> None:
+    made, rows = policy(), demos()
+    logps, entropies = made.score_and_entropy(rows)
+    assert made.ledger.score == sum(len(row.ids) for row in rows)
+    for row, logp, entropy, alone in zip(rows, logps, entropies, made.score(rows)):
+        np.testing.assert_array_equal(logp, alone)
+        with torch.no_grad(), made.at("live") as model:
+            logits = model(torch.from_numpy(row.ids)[None]).logits[0, :-1].double() / row.temperature
+        p = torch.softmax(logits, -1).numpy()
+        wanted = np.concatenate([[0.0], -(p * np.log(p)).sum(-1)])
+        np.testing.assert_allclose(entropy[row.own], wanted[row.own], atol=1e-10)
+        assert not entropy[~row.own].any()
+
+
 def naive_mean_of_means(made: Policy, rows: list[Row]) -> float:
     """The mutant: each micro-batch a mean of its own."""
     micros = batching.plan(rows, made.micro_tokens, set())

@@ -40,7 +40,7 @@ LAYERS = [
     ["types", "errors", "options", "config"],
     ["toy", "chat", "data", "data_*", "verify", "dist", "teacher_ids", "teacher_cache"],
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
-    ["credit", "losses", "cooperation", "rollout"],
+    ["credit", "losses", "cooperation", "hints", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "probe", "training",
      "training_*", "demonstrations"],

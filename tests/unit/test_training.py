@@ -205,6 +205,15 @@ def test_errors_leave_the_group_and_never_score_zero(session: Sessions) -> None:
         made.method.gather(made.data, made.roll, 1)
 
 
+def test_rollouts_that_continue_a_demonstration_are_left_out_of_the_reward(session: Sessions) -> None:
+    made = with_grader(session("grpo"), lambda p, t, i: float(i % 4 == 1))
+    problems = made.data.problems(2)
+    plain = made.roll(problems)
+    led = made.roll(problems, prefixes=[np.array([7])] * 8)
+    assert summary(plain)["reward"] == summary(plain + led[1:2])["reward"] == 0.25
+    assert summary(led[1:2])["reward"] == 1.0  # where there are no others, they are what there is
+
+
 def test_all_grades_failing_is_still_a_step(session: Sessions) -> None:
     made = with_grader(session("grpo", reward={"max_error_rate": 1.0}), lambda p, t, i: None)
     before = {n: t.clone() for n, t in made.policy.tensors().items()}

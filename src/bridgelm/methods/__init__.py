@@ -4,6 +4,7 @@ from bridgelm.methods.alternate import Alternate
 from bridgelm.methods.amft import Amft
 from bridgelm.methods.barrier import Barrier
 from bridgelm.methods.base import Method
+from bridgelm.methods.bread import Bread
 from bridgelm.methods.bridge import Bridge
 from bridgelm.methods.bridge_dial import BridgeDial
 from bridgelm.methods.bridge_leaky import BridgeLeaky
@@ -14,11 +15,14 @@ from bridgelm.methods.gac import Gac
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.gta import Gta
 from bridgelm.methods.guide import Guide
+from bridgelm.methods.hpt import Hpt
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
 from bridgelm.methods.kdrl import Kdrl
 from bridgelm.methods.luffy import Luffy
 from bridgelm.methods.pear import Pear
+from bridgelm.methods.prefix_rft import PrefixRft
+from bridgelm.methods.relift import Relift
 from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
@@ -27,6 +31,7 @@ from bridgelm.methods.srft import Srft
 from bridgelm.methods.staged import Staged
 from bridgelm.methods.token_lead import TokenLead
 from bridgelm.methods.trapo import Trapo
+from bridgelm.methods.uft import Uft
 
 METHODS: dict[str, type[Method]] = {
     "sft": Sft,
@@ -55,6 +60,11 @@ METHODS: dict[str, type[Method]] = {
     "pear": Pear,
     "staged": Staged,
     "gta": Gta,
+    "hpt": Hpt,
+    "relift": Relift,
+    "uft": Uft,
+    "prefix_rft": PrefixRft,
+    "bread": Bread,
 }
 
 __all__ = ["METHODS", "Method"]

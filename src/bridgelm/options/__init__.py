@@ -22,6 +22,7 @@ from bridgelm.options.core import (
     SftOptions,
     TokenLeadOptions,
 )
+from bridgelm.options.gates import BreadOptions, HptOptions, PrefixRftOptions, ReliftOptions, UftOptions
 from bridgelm.options.mixed import CHORD_PRESETS, Mixed
 from bridgelm.options.offline import DftOptions
 from bridgelm.options.shaping import PairShuffle, Shaping
@@ -33,7 +34,8 @@ __all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "Polic
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
                  | Shaping | TrapoOptions | SasrOptions | AmftOptions | Mixed
-                 | KdrlOptions | PearOptions)
+                 | KdrlOptions | PearOptions
+                 | HptOptions | ReliftOptions | UftOptions | PrefixRftOptions | BreadOptions)
 
 
 class ShuffleR1Options(PairShuffle):

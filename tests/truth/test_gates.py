@@ -1,0 +1,392 @@
+"""`hpt` and `relift`: which problems turn from RL to their demonstrations, with which weight, by loops over tokens on a
+table of logits; and mutants of each line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bigram import END, V, World, ids_of, method_of, probability, problem, slope
+from mutants import Swaps, mutate
+
+from bridgelm.batching import make_batch
+from bridgelm.errors import UserError
+from bridgelm.methods import hpt as hpt_module
+from bridgelm.methods import relift as relift_module
+from bridgelm.methods.grpo import Grpo
+from bridgelm.methods.sft import Sft
+from bridgelm.types import Row, Verdict
+
+# Answers of four rollouts of each problem; a 5 in it is right, a 4 is half a reward, a 3 cannot be graded.
+SCRIPT = {
+    "fails": [(1, 2, END), (2, END), (1, 1, 2, END), (END,)],
+    "mixed": [(5, END), (1, END), (2, 5, 1, END), (1, 2, 2, END)],
+    "rare": [(5, END), (1, 1, END), (2, 1, END), (1, 2, 2, END)],
+    "passes": [(5, END), (5, 5, END), (2, 5, END), (5, 1, END)],
+    "half": [(4, END), (4, 4, END), (4, 1, END), (2, 4, END)],
+    "bare": [(1, END), (2, END), (2, 1, END), (END,)],
+    "broken": [(3, END), (3, 1, END), (3, END), (1, 3, END)],
+    "partly": [(3, END), (1, END), (2, 2, END), (3, 1, END)],
+}
+PROBLEMS = [
+    problem("fails", "1 1", "2 5", "5"), problem("mixed", "1 2", "1 5 1"), problem("rare", "2 1", "5 5"),
+    problem("passes", "2 2", "2 2 5 1"), problem("half", "3 1", "4 5"), problem("bare", "3 2"),
+    problem("broken", "3 3", "5 1"), problem("partly", "4 1", "2 2 2 5"),
+]
+ONE = [p if p.id != "fails" else problem("fails", "1 1", "2 5") for p in PROBLEMS]  # no choice of demonstrations
+
+
+def reward(_: str, answer: tuple[int, ...]) -> float | None:
+    return None if 3 in answer else 1.0 if 5 in answer else 0.5 if 4 in answer else 0.0
+
+
+def world(cls: Any, options: dict[str, Any], problems: Any = ONE, lr: float = 0.0, **rollout: Any) -> World:
+    method = method_of(cls, options, prompts=len(problems), **{"temperature": 0.8, **rollout})
+    made = World(method, problems, lambda name, _, i: SCRIPT[name][i % 4], reward)
+    made.policy.lr = lr
+    return made
+
+
+def graded(name: str) -> list[tuple[int, ...]]:
+    return [answer for answer in SCRIPT[name] if 3 not in answer]
+
+
+def bare_row(made: World, name: str, tokens: Any, temperature: float) -> Row:
+    prompt = ids_of(next(p for p in made.problems if p.id == name).prompt)
+    ids = np.array([*prompt, *tokens])
+    return Row(ids, np.arange(len(ids)) >= len(prompt), "demo", made.problems[0], temperature=temperature)
+
+
+def drawn(made: World, row: Row, weight: float = 1.0, shape: float | None = None) -> np.ndarray:
+    """Sum over the row's own tokens of weight x d log pi, or of A d [p / (p + shape)]."""
+    total = np.zeros((V, V))
+    for t in np.flatnonzero(row.own):
+        p = probability(made.policy.theta, row, t)
+        total += weight * slope(made.policy.theta, row, t) * (1.0 if shape is None else shape * p / (p + shape) ** 2)
+    return total
+
+
+def own_part(made: World, weights: dict[str, float], temperature: float = 0.8) -> np.ndarray:
+    """Of J_RL: every token of a group with two graded answers counts, with or without weight."""
+    total, tokens = np.zeros((V, V)), 0
+    for p in made.problems:
+        answers = graded(p.id)
+        if len(answers) < 2:
+            continue
+        rewards = [reward("", a) or 0.0 for a in answers]
+        for answer, r in zip(answers, rewards):
+            advantage = r - sum(rewards) / len(rewards)
+            total += drawn(made, bare_row(made, p.id, answer, temperature), weights[p.id] * advantage)
+            tokens += len(answer)
+    return total / tokens
+
+
+def demo_part(made: World, weights: dict[str, float], share: bool = True) -> np.ndarray:
+    """Mean over demonstration tokens of weight x d log pi, times the share of the problems that have any."""
+    total, tokens, found = np.zeros((V, V)), 0, 0
+    for p in made.problems:
+        if weights.get(p.id):
+            found += 1
+            for demo in p.demos:
+                row = bare_row(made, p.id, [*ids_of(demo.text), END], 1.0)
+                total += drawn(made, row, weights[p.id])
+                tokens += int(row.own.sum())
+    every = sum(len(graded(p.id)) > 0 for p in made.problems)
+    return total / max(1, tokens) * (found / every if share else 1.0)
+
+
+def same(found: Any, wanted: Any, tolerance: float = 1e-13) -> None:
+    assert np.allclose(found, wanted, rtol=0, atol=tolerance), np.abs(np.asarray(found) - np.asarray(wanted)).max()
+
+
+# -- hpt ---------------------------------------------------------------------------------------------------------------
+
+RATES = {"fails": 0.0, "mixed": 0.5, "rare": 0.25, "passes": 1.0, "half": 0.5, "partly": 0.0}
+HARD: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
+    "rate": ({}, lambda name: RATES[name] <= 0),
+    "a quarter": ({"gamma": 0.25}, lambda name: RATES[name] <= 0.25),
+    "a half, at a third": ({"gamma": 0.5, "sft": 0.3}, lambda name: RATES[name] <= 0.5),
+    "terms": ({"balance": "terms"}, lambda name: RATES[name] <= 0),
+    "advantage": ({"gate": "advantage"}, lambda name: RATES[name] in (0.0, 1.0) or name == "half"),
+    "never": ({"gamma": -1.0}, lambda name: False),
+    "always": ({"gamma": 1.0}, lambda name: True),
+}
+
+
+def hard_gate(module: ModuleType, name: str) -> None:
+    options, closed = HARD[name]
+    for problems, demos in ((ONE, "one"), (PROBLEMS, "all")):
+        made = world(module.Hpt, {"name": "hpt", "demos": demos, **options}, problems)
+        found = made.step()
+        gated = {p.id: bool(p.demos) and p.id in RATES and closed(p.id) for p in problems}
+        wanted = own_part(made, {p.id: float(not gated[p.id]) for p in problems})
+        nll = demo_part(made, {key: options.get("sft", 1.0) * yes for key, yes in gated.items()},
+                        options.get("balance") != "terms")
+        (applied,) = found.applied
+        assert applied[0] == "theta"
+        same(applied[1], wanted + nll)
+        share = sum(gated.values()) / sum(len(graded(p.id)) > 0 for p in problems)
+        assert found.metrics["hpt/gated"] == pytest.approx(share)
+        # The rollouts of a gated problem are still there to be counted and reported.
+        assert sum(row.kind == "rollout" for row in found.rows) == 4 * len(problems)
+
+
+def soft_gate(module: ModuleType) -> None:
+    """Numbers of the official table, for eight rollouts; and what lies between its rows."""
+    table = {0: (0, 0, 1), 1: (0, 0, 1), 2: (0.125, 0.5, 0.5), 3: (0.25, 1, 0.25), 4: (0.5, 0.5, 0.125),
+             5: (1, 0.25, 0), 6: (1, 0.125, 0), 7: (1, 0, 0), 8: (1, 0, 0)}
+    hpt = method_of(module.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5})
+    for k, (own, offline, sft) in table.items():
+        found = hpt.weights(np.array([1.0] * k + [0.0] * (8 - k)))
+        assert found == (own, offline, 0.5 * sft), k
+    assert hpt.weights(np.array([1.0, 0.0] + [0.0] * 14)) == (0.0, 0.0, 0.5)
+    assert hpt.weights(np.array([0.3125] * 2)) == (0.1875, 0.75, 0.1875)  # 2.5 of 8
+    made = world(module.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5, "shape": 0.3})
+    found = made.step()
+    weights = {p.id: table[round(8 * RATES[p.id])] if p.demos and p.id in RATES else (1.0, 0.0, 0.0) for p in ONE}
+    wanted = own_part(made, {name: w[0] for name, w in weights.items()})
+    wanted += demo_part(made, {name: 0.5 * w[2] for name, w in weights.items()})
+    total, tokens, problems = np.zeros((V, V)), 0, 0
+    for p in ONE:
+        if weights[p.id][1]:
+            tokens_of_demo = [*ids_of(p.demos[0].text), END]
+            rewards = [reward("", tuple(a)) or 0.0 for a in [*graded(p.id), tokens_of_demo]]
+            advantage = rewards[-1] - sum(rewards) / len(rewards)
+            row = bare_row(made, p.id, tokens_of_demo, 0.8)
+            total += drawn(made, row, weights[p.id][1] * advantage, shape=0.3)
+            tokens, problems = tokens + len(tokens_of_demo), problems + 1
+    assert problems == 3
+    every = sum(len(graded(p.id)) > 0 for p in ONE)
+    same(found.applied[0][1], wanted + total / tokens * problems / every)
+
+
+def collapses(module: ModuleType) -> None:
+    """A gate that never opens is grpo; one that always does is sft on the demonstrations of the step's problems."""
+    never, grpo = world(module.Hpt, {"name": "hpt", "gamma": -1.0}, lr=0.3), world(Grpo, {"name": "grpo"}, lr=0.3)
+    for step in range(3):
+        one, two = never.step(step), grpo.step(step)
+        same(one.applied[0][1], two.applied[0][1], 1e-15)
+        assert one.metrics["loss/pg"] == two.metrics["loss/pg"] and one.metrics["hpt/gated"] == 0
+    assert np.abs(two.applied[0][1]).max() > 1e-3
+    problems = [p for p in PROBLEMS if p.id in RATES]
+    always = world(module.Hpt, {"name": "hpt", "gamma": 1.0, "demos": "all"}, problems)
+    sft = world(Sft, {"name": "sft"}, problems)
+    rows = [sft.roll.demo(p, demo).with_stream("nll", 1.0) for p in problems for demo in p.demos]
+    metrics = sft.method.update(sft.policy, make_batch(rows), 0)
+    found = always.step()
+    same(found.applied[0][1], sft.policy.applied[0][1])
+    assert found.metrics["loss/nll"] == pytest.approx(metrics["loss/nll"]) and found.metrics["loss/pg"] == 0
+
+
+def flat(module: ModuleType) -> None:
+    """All groups fail: SFT. All pass: nothing, but with the advantage gate SFT as well."""
+    for name, gate, imitates in (("fails", "rate", True), ("passes", "rate", False), ("passes", "advantage", True)):
+        made = world(module.Hpt, {"name": "hpt", "gate": gate}, [p for p in ONE if p.id == name])
+        found = made.step()
+        same(found.applied[0][1], demo_part(made, {name: 1.0}) if imitates else np.zeros((V, V)))
+        assert found.metrics["loss/pg"] == 0
+        assert bool(np.abs(found.applied[0][1]).max() > 0) is imitates
+
+
+def one_demo_is_drawn(module: ModuleType) -> None:
+    """By the seed, the step and the problem's place, so that both come up and a resumed run draws the same."""
+    def texts(start: int) -> list[str]:
+        made = world(module.Hpt, {"name": "hpt"}, [p for p in PROBLEMS if p.id == "fails"])
+        return [row.text for step in range(start, 12) for row in made.step(step).rows if row.kind == "demo"]
+    assert texts(0)[4:] == texts(4) and set(texts(0)) == {"2 5", "5"} and len(texts(0)) == 12
+
+
+# -- relift ------------------------------------------------------------------------------------------------------------
+
+def relift_world(module: ModuleType, problems: Any = ONE, prompts: int = 2, **options: Any) -> World:
+    method = method_of(module.Relift, {"name": "relift", "size": 3, "sft_lr": 0.7, **options}, prompts=prompts)
+    made = World(method, problems, lambda name, _, i: SCRIPT[name][i % 4], reward)
+    made.policy.lr = 0.2
+    return made
+
+
+def buffer_fills(module: ModuleType) -> None:
+    """Two problems a step: who enters, who leaves first, and the SFT step: after RL's, with an optimiser of its own."""
+    made = relift_world(module)
+    assert made.policy.rates == {"theta": None, "theta_sft": 0.7}
+    first = made.step(0)  # fails, mixed
+    assert made.method.state() == {"buffer": ["fails"]} and [name for name, _ in first.applied] == ["theta"]
+    second = made.step(1)  # rare, passes
+    assert made.method.state() == {"buffer": ["fails"]} and second.metrics["relift/failed"] == 0
+    third = made.step(2)  # half (no correct one), bare (no demonstration)
+    assert made.method.state() == {"buffer": ["half", "fails"]} and third.metrics["relift/failed"] == 0.5
+    assert third.metrics["relift/sft"] == 0 and third.metrics["relift/buffer"] == 2
+    before = made.policy.theta.clone()
+    fourth = made.step(3)  # broken (not graded), partly
+    assert made.method.state() == {"buffer": []} and fourth.metrics["relift/failed"] == 1
+    assert [name for name, _ in fourth.applied] == ["theta", "theta_sft"] and fourth.metrics["relift/sft"] == 1
+    assert [row.problem.id for row in fourth.rows if row.kind == "demo"] == ["partly", "half", "fails"]
+    made.policy.theta = before  # both groups are flat: RL does not move it
+    same(fourth.applied[1][1], demo_part(made, {"partly": 1.0, "half": 1.0, "fails": 1.0}, share=False))
+    # SFT is at the theta that RL's step leads to, in the one step as in the other.
+    made = relift_world(module, [p for p in ONE if p.id in ("fails", "mixed")], size=1)
+    before = made.policy.theta.clone()
+    found = made.step(0)
+    made.policy.theta = before
+    same(found.applied[0][1], own_part(made, dict.fromkeys(SCRIPT, 1.0), 1.0))
+    made.policy.theta = before + 0.2 * torch.from_numpy(found.applied[0][1])
+    same(found.applied[1][1], demo_part(made, {"fails": 1.0}, share=False))
+    assert all(np.abs(gradient).max() > 1e-2 for _, gradient in found.applied)
+    # Newest first, and what is too much stays.
+    again = relift_world(module, [p for p in ONE if p.id in ("fails", "partly")], size=3)
+    again.step(0)
+    assert again.method.buffer == ["fails", "partly"]
+    again.step(1)
+    assert again.method.buffer == ["partly"]
+
+
+def the_rate_counts(module: ModuleType) -> None:
+    made = relift_world(module, prompts=8, size=99, pass_rate=0.25)
+    made.step(0)
+    assert made.method.buffer == ["fails", "rare", "half", "partly"]
+
+
+def rl_alone(module: ModuleType) -> None:
+    """With a buffer that never fills, and on flat groups, the step is grpo's: nothing where all pass."""
+    made, grpo = relift_world(module, prompts=8, size=99), world(Grpo, {"name": "grpo"}, temperature=1.0)
+    one, two = made.step(), grpo.step()
+    same(one.applied[0][1], two.applied[0][1], 1e-15)
+    for name, stays in (("passes", True), ("fails", False)):
+        made = relift_world(module, [p for p in ONE if p.id == name], prompts=1, size=1)
+        found = made.step()
+        same(found.applied[0][1], np.zeros((V, V)), 0)
+        assert len(found.applied) == (1 if stays else 2)
+
+
+def resumed(module: ModuleType) -> None:
+    """A run that is stopped with problems in its buffer goes on as if it had not been."""
+    whole, first = relift_world(module, PROBLEMS), relift_world(module, PROBLEMS)
+    seen = [whole.step(step) for step in range(8)]
+    for step in range(3):
+        first.step(step)
+    second = relift_world(module, PROBLEMS)
+    second.method.load(first.method.state())
+    second.policy.theta, second.taken = first.policy.theta, first.taken
+    for step in range(3, 8):
+        found = second.step(step)
+        assert [name for name, _ in found.applied] == [name for name, _ in seen[step].applied]
+        for (_, one), (_, two) in zip(found.applied, seen[step].applied):
+            assert (one == two).all()
+    assert sum(len(s.applied) for s in seen) > 8
+
+
+HPT: dict[str, Callable[[ModuleType], None]] = {
+    **{f"hard gate, {name}": lambda m, name=name: hard_gate(m, name) for name in HARD},
+    "soft_gate": soft_gate, "collapses": collapses, "flat": flat, "one_demo_is_drawn": one_demo_is_drawn,
+}
+RELIFT: dict[str, Callable[[ModuleType], None]] = {
+    "buffer_fills": buffer_fills, "the_rate_counts": the_rate_counts, "rl_alone": rl_alone, "resumed": resumed,
+}
+
+
+@pytest.mark.parametrize("name", HPT)
+def test_hpt(name: str) -> None:
+    HPT[name](hpt_module)
+
+
+@pytest.mark.parametrize("name", RELIFT)
+def test_relift(name: str) -> None:
+    RELIFT[name](relift_module)
+
+
+RETURN = "return (1.0, 0.0, 0.0) if solvable else (0.0, 0.0, o.sft)"
+HPT_MUTANTS: dict[str, tuple[Swaps, str]] = {
+    "gate at gamma open": ((("rewards.mean() > o.gamma", "rewards.mean() >= o.gamma"),), "hard gate, a quarter"),
+    "gate turned round": ((("rewards.mean() > o.gamma", "rewards.mean() < o.gamma"),), "hard gate, rate"),
+    "gate by the best": ((("rewards.mean() > o.gamma", "rewards.max() > o.gamma"),), "hard gate, a quarter"),
+    "RL and SFT on failures": (((RETURN, RETURN.replace("(0.0, 0.0, o.sft)", "(1.0, 0.0, o.sft)")),),
+                               "hard gate, a half, at a third"),
+    "SFT on all": (((RETURN, "return (float(solvable), 0.0, o.sft)"),), "hard gate, rate"),
+    "no coefficient": (((RETURN, RETURN.replace("o.sft", "1.0")),), "hard gate, a half, at a third"),
+    "advantage gate by success": ((("np.ptp(rewards) > 0", "rewards.max() > 0"),), "hard gate, advantage"),
+    "always terms": ((('if self.options.balance == "prompts"', "if False"),), "hard gate, rate"),
+    "always prompts": ((('if self.options.balance == "prompts"', "if True"),), "hard gate, terms"),
+    "dropped rows leave the count": (
+        (("replace(stream, weight=factor * stream.weight)",
+          "replace(stream, weight=factor * stream.weight, mask=stream.mask & (factor > 0))"),),
+        "hard gate, rate"),
+    "share of all rows": ((("{row.group for row in batch.rows if name in row.streams}",
+                            "[row.group for row in batch.rows if name in row.streams]"),), "hard gate, rate"),
+    "ungraded problems count": ((("{row.group for row in batch.rows if row.streams}",
+                                  "{row.group for row in batch.rows}"),), "hard gate, rate"),
+    "one demo for all": ((('if self.options.demos == "all" else', "if False else"),), "hard gate, rate"),
+    "first demo always": ((("one = hints.pick(problem, self.run.seed, step, number)", "one = problem.demos[0]"),),
+                          "one_demo_is_drawn"),
+    "draws of the first step": ((("self.run.seed, step, number", "self.run.seed, 0, number"),), "one_demo_is_drawn"),
+    "expert not in its mean": ((("np.mean([*rewards, row.reward])", "np.mean(rewards)"),), "soft_gate"),
+    "expert not shaped": ((("losses.shaped(live.logp_BT, batch.weight[\"offline\"], self.options.shape)",
+                            "losses.nll(live.logp_BT, batch.weight[\"offline\"])"),), "soft_gate"),
+    "soft own unscaled": (((", own)", ", 1.0)"),), "soft_gate"),
+    "table read from the wrong end": ((("place = min", "place = (len(rows) - 1) - min"),), "soft_gate"),
+    "table by whole rows": ((("float(np.interp(place,", "float(np.interp(int(place),"),), "soft_gate"),
+}
+RELIFT_MUTANTS: dict[str, tuple[Swaps, str]] = {
+    "oldest first": ((("failed + self.buffer", "self.buffer + failed"),), "buffer_fills"),
+    "oldest leave": ((("self.buffer[:self.size], self.buffer[self.size:]",
+                       "self.buffer[-self.size:], self.buffer[:-self.size]"),), "buffer_fills"),
+    "one late": ((("len(self.buffer) < self.size", "len(self.buffer) <= self.size"),), "buffer_fills"),
+    "all leave": ((("self.buffer[:self.size], self.buffer[self.size:]", "self.buffer[:self.size], []"),),
+                  "buffer_fills"),
+    "nobody leaves": ((("self.buffer[:self.size], self.buffer[self.size:]", "self.buffer[:self.size], self.buffer"),),
+                      "buffer_fills"),
+    "failure by reward": ((("row.verdict is Verdict.CORRECT for", "row.reward > 0 for"),), "buffer_fills"),
+    "solved ones enter": ((("passed <= self.options.pass_rate", "passed >= self.options.pass_rate"),), "buffer_fills"),
+    "rate ignored": ((("passed <= self.options.pass_rate", "passed <= 0"),), "the_rate_counts"),
+    "without demonstrations too": ((("bool(group[0].problem.demos) and ", ""),), "the_rate_counts"),
+    "one Adam": ((('policy.apply("theta_sft", sft.theta)', 'policy.apply("theta", sft.theta)'),), "buffer_fills"),
+    "SFT at the old theta": (
+        (('        found = {"grad_norm/theta"',
+          '        sft = policy.grad(self.terms, batch, {"nll": 1.0}) if "nll" in batch.counts else rl\n'
+          '        found = {"grad_norm/theta"'),
+         ('            sft = policy.grad(self.terms, batch, {"nll": 1.0})\n', "")), "buffer_fills"),
+    "SFT in RL's step": ((("batch, rl_coef(self.options.rl))", 'batch, rl_coef(self.options.rl) | {"nll": 1.0})'),),
+                         "rl_alone"),
+    "buffer not kept": ((('self.buffer = list(state["buffer"])', "pass"),), "resumed"),
+    "SFT at the main rate": ((("lr=self.options.sft_lr", "lr=None"),), "buffer_fills"),
+}
+
+
+@pytest.mark.parametrize("name", HPT_MUTANTS)
+def test_mutant_of_hpt_is_seen(name: str) -> None:
+    swaps, check = HPT_MUTANTS[name]
+    with pytest.raises(AssertionError):
+        HPT[check](mutate(hpt_module, swaps, "mutant"))
+
+
+@pytest.mark.parametrize("name", RELIFT_MUTANTS)
+def test_mutant_of_relift_is_seen(name: str) -> None:
+    swaps, check = RELIFT_MUTANTS[name]
+    with pytest.raises((AssertionError, ValueError)):
+        RELIFT[check](mutate(relift_module, swaps, "mutant"))
+
+
+def test_what_each_gate_does_not_have_is_refused() -> None:
+    for options, words in (({"gate": "advantage", "gamma": 0.5}, "gamma is the threshold"),
+                           ({"table": [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]}, "of gate = 'soft'"),
+                           ({"gate": "soft", "demos": "all"}, "demos = 'one'")):
+        with pytest.raises(UserError, match=words):
+            method_of(hpt_module.Hpt, {"name": "hpt", **options})
+    assert hpt_module.Hpt.needs == relift_module.Relift.needs == {"paired_demos"}
+
+
+def test_the_world_is_what_it_is_taken_for() -> None:
+    """Its gradients, against central differences of the log-probs."""
+    made = world(Grpo, {"name": "grpo"})
+    row = bare_row(made, "fails", (2, 5, END), 0.8)
+    for t, (i, j) in itertools.product(np.flatnonzero(row.own), [(1, 2), (2, 5), (5, 0), (5, 3)]):
+        def at(move: float, i: int = i, j: int = j, t: int = t) -> float:
+            table = made.policy.theta.clone()
+            table[i, j] += move
+            return float(made.policy.look(row, table)[0][t])
+        same((at(1e-6) - at(-1e-6)) / 2e-6, slope(made.policy.theta, row, t)[i, j], 1e-9)
+    assert {reward("", a) for a in SCRIPT["broken"]} == {None} and Verdict.ERROR in Verdict
