@@ -78,7 +78,7 @@ def inclusion(weights_K: np.ndarray, size: int) -> np.ndarray:
 
 def multiplicities(module: ModuleType, folder: Path) -> None:
     w = np.array([3.0, 2.0, 1.0, 0.5, 1.5, 0.25])
-    runs = 4000
+    runs = 1200
     for draws, sizes in ((6, [1] * 6), (3, [2] * 3), (2, [3] * 2), (4, [2, 2, 1, 1]), (8, [1] * 6 + [0] * 2)):
         found = np.array([module.drawn(w, draws, np.random.default_rng((1, seed))) for seed in range(runs)])
         assert (found.sum(1) == 6).all(), "the size of the batch stays"
@@ -90,9 +90,9 @@ def multiplicities(module: ModuleType, folder: Path) -> None:
     once = module.drawn(w, 1, np.random.default_rng(0))
     assert (once == 1).all(), "S = 1: each pair once"
     # Pairs without a weight only fill up, and evenly.
-    flat = np.array([module.drawn(np.array([1.0, 0, 0, 0]), 2, np.random.default_rng((2, s))) for s in range(2000)])
+    flat = np.array([module.drawn(np.array([1.0, 0, 0, 0]), 2, np.random.default_rng((2, s))) for s in range(1200)])
     assert (flat[:, 0] == 2).all() and (flat.sum(1) == 4).all()
-    assert abs(flat[:, 1:].mean(0) - 2 / 3).max() < 0.06
+    assert abs(flat[:, 1:].mean(0) - 2 / 3).max() < 0.07
     plenty = [module.drawn(np.array([1.0, 1, 1, 1, 0, 0, 0, 0]), 2, np.random.default_rng(s)) for s in range(20)]
     assert all((times[4:] == 0).all() for times in plenty), "while there are pairs with a weight, no other is drawn"
 
@@ -193,9 +193,10 @@ def pair_weights(module: ModuleType, folder: Path) -> None:
     assert [sum(r.times for r in rows[4 * g:4 * g + 4]) for g in range(4)] == [8, 0, 0, 0], "1 ** 400 against .8 ** 400"
     even = opened(folder / "even", {**few, "power": 0.0}, graded, module.ShuffleR1)
     total = np.zeros(4)
-    for step in range(40):
-        total += [sum(r.times for r in gather(even, step)[4 * g:4 * g + 4]) for g in range(4)]
-    assert abs(total / 40 - 2).max() < 1.0, "evenly, flat groups too"
+    for step in range(20):
+        rows = gather(even, step)
+        total += [sum(r.times for r in rows[4 * g:4 * g + 4]) for g in range(4)]
+    assert abs(total / 20 - 2).max() < 1.2, "evenly, flat groups too"
 
 
 CHECKS: dict[str, Check] = {check.__name__: check for check in (
