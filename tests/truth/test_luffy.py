@@ -250,8 +250,7 @@ def what_is_told(module: ModuleType) -> None:
     close(found["luffy/demo_reward"], np.mean([r.reward for r in demos]), 1e-15)
     means = {0: 0.5, 1: 0.25, 2: 1.0, 3: 1 / 3, 4: 0.65, 6: 0.75}
     close(found["luffy/demo_advantage"], np.mean([r.reward - means[r.group] for r in demos]), 1e-15)
-    # Group 2 teaches nothing; but for the entropy bonus its demonstration is not even read.
-    p = np.exp(np.concatenate([log_probs(NOW, r)[1:] for r in demos]))
+    p = np.exp(np.concatenate([log_probs(NOW, r)[1:] for r in demos if r.group != 2]))  # in which A is 0
     close(found["luffy/p"], p.mean(), 1e-15)
     close(found["luffy/weight"], np.mean(0.1 * p / (p + 0.1) ** 2), 1e-15)
     close(found["luffy/all_fail"], 2 / 6, 1e-15, "groups 1 and 4; 5 has no two graded members")
@@ -321,6 +320,7 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
         ),
         "who_is_in_a_group",
     ),
+    "told of demonstrations that teach nothing": ((('if row.streams["demo"].weight.any()]', "]"),), "what_is_told"),
     "all fail is all pass": ((("not w for w in", "w for w in"),), "what_is_told"),
     "the demonstration is a win": (
         (('if row.at != "expert":\n                won', "if True:\n                won"),),

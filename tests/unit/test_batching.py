@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +94,42 @@ def test_several_updates_share_whole_groups_evenly() -> None:
     assert split_rows(rows, 1) == [rows]
 
 
-def _count_on_a_rank(rank: int, folder: Path) -> None:
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What `work` returns on each of two processes that sum together."""
     import torch.distributed as td
 
-    td.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    rows = [[row(own=3).with_stream("pg", 1.0)],
-            [row(own=5).with_stream("pg", 1.0), row("demo", own=4).with_stream("pg", 0.0)]]
-    (folder / f"{rank}.json").write_text(json.dumps(dict(make_batch(rows[rank]).counts)))
-    values = dist.gather([np.array([3.0, 1.0]), np.array([2.0])][rank])
-    (folder / f"{rank}.values.json").write_text(json.dumps(values.tolist()))
-    td.destroy_process_group()
-
-
-def test_denominators_are_global_over_ranks(tmp_path: Path) -> None:
     children = []
     for rank in range(2):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                _count_on_a_rank(rank, tmp_path)
+                td.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+                (folder / f"{rank}.json").write_text(json.dumps(work(rank)))
+                td.destroy_process_group()
                 status = 0
             finally:
                 os._exit(status)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
-    assert [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)] == [{"pg": 12.0}] * 2
-    assert [json.loads((tmp_path / f"{r}.values.json").read_text()) for r in range(2)] == [[3.0, 1.0, 2.0]] * 2
-    assert dist.gather(np.array([2.0])).tolist() == [2.0]  # alone
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_denominators_are_global_over_ranks(tmp_path: Path) -> None:
+    rows = [[row(own=3).with_stream("pg", 1.0)],
+            [row(own=5).with_stream("pg", 1.0), row("demo", own=4).with_stream("pg", 0.0)]]
+    assert on_two_ranks(lambda rank: dict(make_batch(rows[rank]).counts), tmp_path) == [{"pg": 12.0}] * 2
+
+
+def test_values_and_means_are_those_of_all_ranks(tmp_path: Path) -> None:
+    """The ranks have different numbers of values; a name without any, on either, is left out of the means."""
+    mine = [np.array([1.0, 2.0]), np.array([6.0])]
+    none = np.empty(0)
+
+    def work(rank: int) -> Any:
+        means = dist.means({"all": mine[rank], "one": mine[0] if rank else none, "none": none})
+        return [dist.gather(mine[rank]).tolist(), dist.gather(none if rank else mine[0]).tolist(), means]
+
+    assert on_two_ranks(work, tmp_path) == [[[1.0, 2.0, 6.0], [1.0, 2.0], {"all": 3.0, "one": 1.5}]] * 2
+    assert dist.gather(mine[0]).tolist() == [1.0, 2.0]
+    assert dist.means({"all": mine[0], "none": none}) == {"all": 1.5}

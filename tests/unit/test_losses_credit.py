@@ -55,6 +55,28 @@ def test_prob_weight() -> None:
         -10 * math.exp(-5))
 
 
+def test_token_weight() -> None:
+    """Constants, by a token's probability; nothing of them is differentiated."""
+    logp = torch.log(torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)).requires_grad_()
+    wanted = {"plain": [1.0, 1.0, 1.0], "phi": [0.0, 0.25, 0.09], "p": [1.0, 0.5, 0.1]}
+    for kind, values in wanted.items():
+        found = losses.token_weight(logp, kind).expand(3)
+        assert found.tolist() == pytest.approx(values)
+        assert not found.requires_grad
+
+
+def test_plain_and_shaped_surrogates() -> None:
+    """-A rho keeps its gradient wherever rho is; -A p / (p + g) has A g p / (p + g)^2."""
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    ratio = (LOGP - OLD).exp()
+    assert losses.pg(LOGP, OLD, weight).tolist() == pytest.approx((-weight * ratio).tolist())
+    assert slope(lambda x: losses.pg(x, OLD, weight), LOGP) == pytest.approx((-weight * ratio).tolist())
+    p = LOGP.exp()
+    assert losses.shaped(LOGP, weight, 0.1).tolist() == pytest.approx((-weight * p / (p + 0.1)).tolist())
+    assert slope(lambda x: losses.shaped(x, weight, 0.1), LOGP) == pytest.approx(
+        (-weight * 0.1 * p / (p + 0.1) ** 2).tolist())
+
+
 def test_clip() -> None:
     """The slow version of PPO's rule: a token keeps its gradient A rho unless it has gone too far already."""
     for advantage in (1.0, -2.0):

@@ -95,9 +95,9 @@ class Luffy(Method):
         for _, row in scored:
             if row.at != "expert":
                 won[row.group] = won.get(row.group, False) or row.verdict is Verdict.CORRECT
-        logps = [found.logps[i][row.own] for i, row in demos if i in found.logps]
+        logps = [found.logps[i][row.own] for i, row in demos if row.streams["demo"].weight.any()]
         p = np.exp(np.concatenate([*logps, np.empty(0)]))
-        advantages = [float(row.streams["demo"].weight[row.own].max()) for _, row in demos]
+        advantages = [float(row.streams["demo"].weight[row.own][0]) for _, row in demos]
         return {f"luffy/{name}": value for name, value in dist.means({
             "demo_reward": np.array([row.reward for _, row in demos]), "demo_advantage": np.array(advantages), "p": p,
             "weight": self.options.shape * p / (p + self.options.shape) ** 2,
