@@ -26,6 +26,8 @@ from bridgelm.report import report
 from bridgelm.report_levels import lengths
 from bridgelm.runs import Run
 
+WIDE = 90  # characters of a line that has room for the length of the answers
+
 
 def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3,
             jobs: int | None = None, out: str | Path | None = None, *, overrides: Sequence[str] = (),
@@ -129,15 +131,16 @@ def show(comparison: Comparison, console: Console | None = None, notes: Sequence
     table = Table(title="Accuracy in percent, with 95 % intervals", title_justify="left", title_style="bold", box=None,
                   header_style="dim", pad_edge=False)
     against_base = f"against {comparison.base.label}"
-    for heading in ("method", "final, test", "hard", against_base, "tokens", "rollouts", "FLOPs", "CPU"):
+    wide = console.width >= WIDE
+    for heading in ("method", "final, test", "hard", against_base, *["tokens"] * wide, "rollouts", "FLOPs", "CPU"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     against = {claim.other: claim for claim in comparison.claims if claim.figure == "final"}
     for method in comparison.methods:
         row, claim = comparison.table[method.label], against.get(method.label)
-        long = lengths(method)["final"]
+        long = [f"{found.value:.1f}" if (found := lengths(method)["final"]) else "–"] * wide
         cost = {key: found.value if (found := row[key]) else None for key in ("rollouts", "flops", "cpu_seconds")}
         table.add_row(Text(method.label, style="bold"), text.interval(row["final"]), text.interval(row["hard"]),
-                      text.gap(claim, turned=True) if claim else "", f"{long.value:.1f}" if long else "–",
+                      text.gap(claim, turned=True) if claim else "", *long,
                       short(cost["rollouts"]), short(cost["flops"]), clock(cost["cpu_seconds"]))
     console.print(table)
     for line in [text.lead(comparison), *comparison.notes, *notes]:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bridgelm.config import RunConfig, absolute
 from bridgelm.errors import UserError
 from bridgelm.metrics import METRICS, read_json, write_json
@@ -64,7 +66,7 @@ class Job:
         found = read_json(self.path / "config.json") if self.path.exists() else None
         if found is None:
             return False
-        key = differing_key(found, self.config.resolved())
+        key = differing_key(up_to_date(found), self.config.resolved())
         if key:
             raise UserError(f"{self.path}: this run was made with another {key} than is asked for now; "
                             "remove it, or choose another --out")
@@ -100,6 +102,14 @@ class Job:
         """The end of its output."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+
+def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that was written before some key existed has that key's default."""
+    try:
+        return RunConfig.model_validate(config).resolved()
+    except ValidationError:  # a key that is gone: it differs
+        return config
 
 
 def differing_key(first: dict[str, Any], second: dict[str, Any]) -> str | None:

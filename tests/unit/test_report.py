@@ -612,6 +612,17 @@ def test_compare_trains_what_is_missing_and_nothing_twice(tmp_path, trainer, cap
         compare(base, ["bridge", "grpo"], 2, 2, out, overrides=["optim.lr=0.5"], quiet=True)
 
 
+def test_runs_from_before_a_key_existed_are_kept(tmp_path, trainer):
+    compare(recipes(tmp_path), ["grpo"], seeds=1, jobs=1, out=tmp_path / "out", quiet=True)
+    edit(tmp_path / "out" / "grpo-seed0", "config.json",
+         lambda config: {key: value for key, value in config.items() if key != "diagnose"})
+    compare(recipes(tmp_path), ["grpo"], seeds=1, jobs=1, out=tmp_path / "out", quiet=True)
+    assert sorted(calls(tmp_path / "out")) == ["new bridge-seed0", "new grpo-seed0"]
+    with pytest.raises(UserError, match="made with another diagnose"):
+        compare(recipes(tmp_path), ["grpo"], seeds=1, jobs=1, out=tmp_path / "out", quiet=True,
+                overrides=["diagnose.every=5"])
+
+
 def test_a_failed_run_stops_the_comparison_and_says_why(tmp_path, trainer):
     trainer.write_text("fail")
     said = r"run grpo-seed0 failed \(exit code 1\): error: out of luck \(all of it: .*log\)"
