@@ -34,8 +34,10 @@ def wrapped(method: Any, sft: Grads, policy: Policy, step: int) -> Wanted:
 
 
 # Terms beside `nll` that stay where RL's advantages are zero: their gradients are in `sft` below.
-STAY: dict[str, tuple[str, ...]] = {"srft": ("own",),
-                                   "prefix_rft": ("hybrid",)}  # right answers are imitated, wrong ones pushed away
+STAY: dict[str, tuple[str, ...]] = {
+    "srft": ("own",),  # right answers are imitated, wrong ones pushed away
+    "prefix_rft": ("hybrid",),  # a continuation's reward has no baseline
+}
 
 LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "joint": lambda method, sft, policy, step: joint(method.mu(step), sft),
@@ -62,5 +64,5 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "hpt": lambda method, sft, policy, step: of_theta(1.0, sft),
     "uft": lambda method, sft, policy, step: of_theta(method.options.hint, sft),
     "relift": lambda method, sft, policy, step: {"theta_sft": sft.theta},
-    "prefix_rft": lambda method, sft, policy, step: of_theta(1.0, sft),  # continuations have no baseline
+    "prefix_rft": lambda method, sft, policy, step: of_theta(1.0, sft),
 }

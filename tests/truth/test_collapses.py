@@ -18,7 +18,7 @@ from transformer import wide_norm
 from bridgelm import training
 from bridgelm.batching import make_batch
 from bridgelm.config import make_config
-from bridgelm.methods import METHODS, bridge, chord, joint, token_lead, trapo
+from bridgelm.methods import METHODS, bridge, chord, hpt, joint, token_lead, trapo
 from tiny import open_session, raw_config
 
 STEPS = 2
@@ -78,6 +78,8 @@ COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                                               {"name": "joint", "mu": 0.7}),
     "chord at mu 1, plain, is sft": ({"name": "chord", "tokens": "plain", "mu": 1.0}, {"name": "sft"}),
     "chord at mu 0 is grpo": ({"name": "chord", "mu": 0.0, "rl": PLAIN}, {"name": "grpo", "rl": PLAIN}),
+    "hpt whose gate never closes is grpo": ({"name": "hpt", "gamma": -1.0}, {"name": "grpo"}),
+    "uft without hints is grpo": ({"name": "uft", "high": 0.0, "low": 0.0}, {"name": "grpo"}),
 }
 MIX = "grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
 MUTANTS: dict[str, tuple[Any, Swaps]] = {
@@ -86,6 +88,7 @@ MUTANTS: dict[str, tuple[Any, Swaps]] = {
     "bridge at lambda 1/4, w frozen, is joint at mu 3":
         (bridge, ((MIX, "grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),)),
     "token_lead with flat weights is joint": (token_lead, (("np.exp(o.eta * ", "np.exp((o.eta + .1) * "),)),
+    "hpt whose gate never closes is grpo": (hpt, (("return (1.0, 0.0, 0.0) if", "return (0.9, 0.0, 0.0) if"),)),
     "chord at mu 0 is grpo": (chord, (('rl_coef(self.options.rl, 1 - mu) | {"nll": mu}',
                                        'rl_coef(self.options.rl, 1 - mu) | {"nll": mu + 1e-3}'),)),
 }
