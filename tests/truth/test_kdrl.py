@@ -21,7 +21,7 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import PROBLEM, VOCABULARY, build, build_policy, make_batch, merged, wide_norm
 
-from bridgelm import grads, losses
+from bridgelm import grads, losses, teacher, teacher_ids
 from bridgelm.config import make_config
 from bridgelm.methods import kdrl as kdrl_module
 from bridgelm.types import Grade, Row, Verdict
@@ -187,13 +187,13 @@ def world() -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     (folder / "teacher").mkdir(parents=True)
-    teacher = save_model(folder / "teacher", "llama", seed=4, scale=0.4)
+    made = save_model(folder / "teacher", "llama", seed=4, scale=0.4)
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
-    settings = teacher / "generation_config.json"
+    settings = made / "generation_config.json"
     settings.write_text(settings.read_text().replace('"eos_token_id": 1', '"eos_token_id": [1, 3]'))
     return raw_config(folder, {}, rollout={"prompts": 2, "group": 4, "max_new_tokens": 5, "temperature": 0.8},
-                      teacher={"name_or_path": str(teacher), "chat_template": str(template)})
+                      teacher={"name_or_path": str(made), "chat_template": str(template)})
 
 
 def opened(folder: Path, module: Any = kdrl_module, grader: Any = MIXED, **options: Any) -> Any:
@@ -224,14 +224,14 @@ class ByHand:
     def __init__(self, session: Any, rows: list[Row], mask: str) -> None:
         self.o, self.rows = session.config.method, rows
         tokenizer = session.chat.tokenizer
-        end, teacher = 1, session.roll.teacher.model
+        end, model = 1, session.roll.teacher.model
         self.r: list[dict[int, float]] = []  # place -> R, of the tokens that the teacher judges
         for row in rows:
             prompt = tokenizer.encode(f"<user> sum ; {row.problem.prompt} <bot>", add_special_tokens=False)
             answer = row.ids[row.own].tolist()
             start = len(row.ids) - len(answer)
             with torch.no_grad():
-                logits = teacher(torch.tensor([[*prompt, *answer]])).logits[0] / 0.8
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0] / 0.8
             logp = logits.log_softmax(-1)
             self.r.append({start + t: float(logp[len(prompt) + t - 1, token]) - float(row.old_logps[start + t])
                            for t, token in enumerate(answer) if token != end})
@@ -268,8 +268,10 @@ class ByHand:
                 "kdrl/flipped": np.mean([a * (a + beta * r) < 0 for a, r in mine]), "kdrl/beta": beta}
 
 
-def check_update(folder: Path, module: Any = kdrl_module, mask: str = "none", step: int = 1, **options: Any) -> None:
+def check_update(folder: Path, module: Any = kdrl_module, mask: str = "none", step: int = 1,
+                 change: Callable[[Any], None] = lambda session: None, **options: Any) -> None:
     session = opened(folder, module, mask=mask, **options)
+    change(session)
     policy, method = session.policy, session.method
     rows = method.gather(session.data, session.roll, 0)
     assert any(row.ids[-1] == 1 for row in rows), "no answer ended: the mask of the end token would not be seen"
@@ -326,6 +328,33 @@ def test_wrong_versions_are_seen(name: str, tmp_path: Path) -> None:
     options, swaps = MUTANTS[name]
     with pytest.raises(AssertionError):
         check_update(tmp_path, mutate(kdrl_module, swaps), **options)
+
+
+def read_by(swaps: Swaps) -> Callable[[Any], None]:
+    def change(session: Any) -> None:
+        reader = session.roll.teacher.reader
+        session.roll.teacher.reader = mutate(teacher_ids, swaps).Reader(reader.student, reader.teacher)
+    return change
+
+
+def scored_by(swaps: Swaps) -> Callable[[Any], None]:
+    def change(session: Any) -> None:
+        session.roll.teacher.__class__ = mutate(teacher, swaps).Teacher
+    return change
+
+
+READERS: dict[str, Callable[[Any], None]] = {
+    "ends that are not its own": read_by(((" & ~np.isin(tail, self.foreign_ends)", ""),)),
+    "the policy's prompt": read_by((("self.teacher.prompt_ids(row.problem)", "self.student.prompt_ids(row.problem)"),)),
+    "a token too late": read_by((("logps, np.nan)[-behind:]", "np.roll(logps, 1), np.nan)[-behind:]"),)),
+    "at another temperature": scored_by((("temperature=row.temperature", "temperature=1.0"),)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_wrong_readings_of_the_teacher_are_seen(name: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_update(tmp_path, change=READERS[name])
 
 
 # -- schedule and limits -----------------------------------------------------------------------------------------------
