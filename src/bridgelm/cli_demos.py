@@ -25,7 +25,7 @@ def takes(demos: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
     demos.add_argument("--problems", type=count, metavar="N", help="only the first N of the train split (default all)")
     demos.add_argument("--paired", action="store_true",
                        help="write all problems, with the demonstrations they have already: a file for data.train")
-    demos.add_argument("--keep-wrong", action="store_true", help="wrong answers too, in the column `wrong`")
+    demos.add_argument("--keep-wrong", action="store_true", help="wrong answers too, in FILE.wrong.jsonl, to look at")
     demos.add_argument("--text-only", action="store_true", help="no log-probs: for a teacher of another tokenizer")
     demos.add_argument("--own", action="store_true", help="sample [model], though there is a [teacher]")
     demos.add_argument("--force", action="store_true", help="overwrite FILE.jsonl")

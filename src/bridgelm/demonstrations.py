@@ -43,7 +43,7 @@ class Wanted:
     keep: int | None = None  # at most so many right ones of a problem, the first that were drawn
     problems: int | None = None  # only the first so many of the train split
     paired: bool = False  # all problems, with the demonstrations that they had before
-    keep_wrong: bool = False  # wrong ones too, in a column of their own
+    keep_wrong: bool = False  # wrong ones too, in a file of their own
     text_only: bool = False  # no log-probs: for a teacher with another tokenizer
     own: bool = False  # sample [model], though there is a [teacher]
 
@@ -87,18 +87,29 @@ def write_demos(config: RunConfig, out: str | Path, wanted: Wanted | None = None
         raise UserError(f"demos: nothing to keep: {len(problems)} problems x {wanted.samples} samples gave {right} "
                         f"right answers, {cut} of them cut off at the limit of new tokens; raise --samples or "
                         "--max-new-tokens, or take another teacher")
-    finished = draft.with_name(f"{draft.name}-done")
-    finished.write_text("".join(json.dumps(clean(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    finished.replace(out)
+    if wanted.keep_wrong:
+        _write(wrong_file(out), [line["wrong"] for line in done if line["wrong"] is not None])
+    _write(out, rows)
     draft.unlink()
     return _totals(done)
+
+
+def wrong_file(out: Path) -> Path:
+    return out.with_suffix(".wrong.jsonl")
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text("".join(json.dumps(clean(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    fresh.replace(path)
 
 
 def _opened(config: RunConfig, out: Path, wanted: Wanted, force: bool) -> Path:
     """The file of work in progress; refuses to overwrite what was made otherwise."""
     draft = out.with_name(f".{out.name}.part")
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists; name another file with --out, or overwrite it with --force")
+    for path in (out, *([wrong_file(out)] if wanted.keep_wrong else [])):
+        if path.exists() and not force:
+            raise UserError(f"{path}: exists; name another file with --out, or overwrite it with --force")
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: demonstrations are written as JSON lines; name a file that ends in .jsonl")
     if not out.parent.is_dir():
@@ -121,10 +132,7 @@ def _header(wanted: Wanted, config: RunConfig) -> dict[str, Any]:
 
 def _rewrite(draft: Path, done: Sequence[dict[str, Any]], wanted: Wanted, config: RunConfig) -> None:
     """Header and whole pieces alone: what a killed command left half done is drawn again."""
-    fresh = draft.with_name(f"{draft.name}.{os.getpid()}")
-    lines = [_header(wanted, config), *done]
-    fresh.write_text("".join(json.dumps(clean(line), ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    fresh.replace(draft)
+    _write(draft, [_header(wanted, config), *done])
 
 
 def _author(config: RunConfig, reader: Chat, wanted: Wanted) -> Author:
@@ -183,10 +191,9 @@ def _line(author: Author, problem: Problem, drawn: Sequence[Completion], grades:
     counts["kept"], counts["solved"] = len(kept[Verdict.CORRECT]), int(right > 0)
     about = {"author": author.name, "solve_rate": right / judged if judged else None}
     row = to_row(problem, kept[Verdict.CORRECT], config.data.fields, wanted.paired, about)
-    if wanted.keep_wrong:
-        row["wrong"] = kept[Verdict.WRONG]
-    worth = wanted.paired or kept[Verdict.CORRECT] or (wanted.keep_wrong and kept[Verdict.WRONG])
-    return {"row": row if worth else None, "counts": dict(counts)}
+    wrong = to_row(problem, kept[Verdict.WRONG], config.data.fields, False, about)
+    return {"row": row if wanted.paired or kept[Verdict.CORRECT] else None,
+            "wrong": wrong if kept[Verdict.WRONG] else None, "counts": dict(counts)}
 
 
 def read_logps(author: Author, problem: Problem, text: str, drawn: Completion,

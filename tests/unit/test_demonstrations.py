@@ -116,15 +116,19 @@ def test_only_right_ones_are_kept_as_the_verifier_says(tmp_path: Path) -> None:
     problems = {p.id: p for p in load_splits(config).train}
     assert counts["more"] > 0
     assert counts["wrong"] > 0
-    solved, wrong = 0, 0
     for row in lines(out):
-        assert len(row["demos"]) <= 1
-        assert all(grade(problems[row["id"]], demo["text"]) for demo in row["demos"])
-        assert not any(grade(problems[row["id"]], demo["text"]) for demo in row["wrong"])
-        assert (row["solve_rate"] > 0) == bool(row["demos"])
-        solved, wrong = solved + bool(row["demos"]), wrong + len(row["wrong"])
-    assert solved == counts["solved"] == counts["kept"]
-    assert 0 < wrong <= counts["wrong"]
+        assert len(row["demos"]) == 1
+        assert grade(problems[row["id"]], row["demos"][0]["text"])
+        assert row["solve_rate"] > 0
+    assert len(lines(out)) == counts["solved"] == counts["kept"]
+    wrong = [(row, demo) for row in lines(tmp_path / "demos.wrong.jsonl") for demo in row["demos"]]
+    assert 0 < len(wrong) <= counts["wrong"]
+    assert not any(grade(problems[row["id"]], demo["text"]) for row, demo in wrong)
+    for path in (out, tmp_path / "demos.wrong.jsonl"):
+        assert load_splits(toy(tmp_path, data={"demos": str(path)})).demos
+    out.unlink()
+    with pytest.raises(UserError, match=r"demos\.wrong\.jsonl: exists"):
+        write_demos(config, out, Wanted(samples=6, keep_wrong=True))
 
 
 # -- a user's own data and model ---------------------------------------------------------------------------------------
