@@ -45,6 +45,7 @@ METHOD: dict[str, dict[str, Any]] = {
     "uft": {"name": "uft", "until": 1.0, "hint": 0.1},
     "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
     "bread": {"name": "bread", "episodes": 4},
+    "lspo": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05},
 }
 TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
 READINGS: dict[str, dict[str, Any]] = {
@@ -104,6 +105,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "prefix_rft, two hybrids": {"name": "prefix_rft", "hybrids": 2, "continuation": "zero",
                                 "rl": {"kl_coef": 0.1, "aggregate": "row"}},
     "bread, new groups": {"name": "bread", "episodes": 3, "reuse": False, "rl": {"kl_coef": 0.1}},
+    "lspo, whole answers": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05, "ratio": "sequence",
+                            "rl": {"kl_coef": 0.1}},
 }
 LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],

@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shuffle_r1": {"name": "shuffle_r1", "draws": 3},
     "trapo": {"name": "trapo"},
     "amft": {"name": "amft", "warmup": 0.34, "every": 2, "problems": 2, "eta": 0.1},
+    "lspo": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05},
     "sasr": {"name": "sasr", "warmup": 0.34, "gamma": 12.0},
     "luffy": {"name": "luffy"},
     "srft": {"name": "srft"},
@@ -66,7 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SECTIONS: dict[str, dict[str, Any]] = {"bread": {"rollout": {"prompts": 6, "group": 2, "max_new_tokens": 6}}}
 KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "bridge/kl", "bridge/share",
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
-        "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "luffy/", "chord/", "gac/",
+        "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "lspo/", "luffy/", "chord/", "gac/",
         "staged/", "gta/", "kdrl/", "pear/", "srft/", "reward", "lr",
         "hpt/", "relift/", "uft/", "prefix_rft/", "bread/")
 

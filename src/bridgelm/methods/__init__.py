@@ -19,6 +19,7 @@ from bridgelm.methods.hpt import Hpt
 from bridgelm.methods.interleaved import Interleaved
 from bridgelm.methods.joint import Joint
 from bridgelm.methods.kdrl import Kdrl
+from bridgelm.methods.lspo import Lspo
 from bridgelm.methods.luffy import Luffy
 from bridgelm.methods.pear import Pear
 from bridgelm.methods.prefix_rft import PrefixRft
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
     "uft": Uft,
     "prefix_rft": PrefixRft,
     "bread": Bread,
+    "lspo": Lspo,
 }
 
 __all__ = ["METHODS", "Method"]

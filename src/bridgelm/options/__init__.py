@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bridgelm.options.adaptive import AmftOptions, SasrOptions, TrapoOptions
+from bridgelm.options.adaptive import AmftOptions, LspoOptions, SasrOptions, TrapoOptions
 from bridgelm.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict
 from bridgelm.options.core import (
     BRIDGE_PRESETS,
@@ -33,7 +33,7 @@ __all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "Polic
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
-                 | Shaping | TrapoOptions | SasrOptions | AmftOptions | Mixed
+                 | Shaping | TrapoOptions | SasrOptions | AmftOptions | LspoOptions | Mixed
                  | KdrlOptions | PearOptions
                  | HptOptions | ReliftOptions | UftOptions | PrefixRftOptions | BreadOptions)
 
