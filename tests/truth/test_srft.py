@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from checks import close
+from exact import run_config
 from mutants import Swaps, mutate
 from table import Hands, Table, data, entropy, entropy_slope, log_probs, method_of, row, slope, thetas, tokens, update
 
-from bridgelm import batching
+from bridgelm import batching, methods_info
 from bridgelm.errors import UserError
 from bridgelm.methods import srft as srft_module
 from bridgelm.types import Live, Row, Verdict
@@ -259,3 +260,8 @@ def test_refills_are_refused() -> None:
     with pytest.raises(UserError, match=r"rollout\.refill"):
         method_of(srft_module.Srft, "srft", rollout={"refill": 1})
     assert srft_module.Srft.needs == {"paired_demos"}
+
+
+def test_its_steps_count_as_steps_with_rollouts() -> None:
+    """Though it has no table `rl`: what compares runs at equal rollouts goes by this."""
+    assert methods_info.sampling_steps(run_config({"name": "srft"}, steps=9)) == 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,7 @@ class PlainGrpo(PolicyGradient):
 class SrftOptions(Strict):
     """[R]: an independent reproduction; [P]: the paper, by secondary notes on it; see docs/methods/srft.md."""
 
+    samples: ClassVar[bool] = True  # it has rollouts, and no table `rl`
     name: Literal["srft"] = "srft"
     demos: Count = 1  # as in `luffy` [R]
     sft: Weight = 0.5  # of exp(-H) [P]
