@@ -107,6 +107,9 @@ def _add_reading(commands: Any) -> None:
     _takes_overrides(check)
     check.add_argument("--data", action="store_true", help="also read the data and the tokenizer")
 
+    from bridgelm import cli_grade
+
+    cli_grade.add_arguments(_command(commands, "grade", cli_grade.run, "grade answers against gold answers"))
     _command(commands, "methods", run_methods, "list the methods")
     show = _command(commands, "show", run_show, "a method's equation, options, their sources, and its traps")
     show.add_argument("name", metavar="NAME")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict
+from bridgelm.options.reward import RewardConfig
 from bridgelm.options.teachers import TeacherConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -64,16 +65,6 @@ class DataConfig(Strict):
     overlap: Literal["error", "drop"] = "error"  # a training prompt that is also in validation or test
     fields: dict[str, str] = Field(default_factory=dict)  # our field name -> the column that holds it
     toy: ToyOptions = ToyOptions()
-
-
-class RewardConfig(Strict):
-    """`verifier` grades answers; `functions` are `file.py:name` with TRL's signature, added to or in place of it."""
-
-    verifier: Literal["toy", "math", "exact", "none"] = "math"
-    functions: list[str] = Field(default_factory=list)
-    weights: list[float] = Field(default_factory=list)  # one a function; default 1 each
-    time_limit: Rate = 1.0  # CPU seconds an answer
-    max_error_rate: Share = 0.1  # a verifier that fails more often stops the run
 
 
 class RolloutConfig(Strict):

@@ -43,7 +43,7 @@ def load_splits(cfg: RunConfig) -> Splits:
     if data.train.startswith(TOY):
         return _toy_splits(cfg)
     check_fields(data.fields)
-    needs_answer = cfg.reward.verifier in {"math", "exact"}
+    needs_answer = cfg.reward.verifier in {"math", "exact", "regex"}
     train = _load(data.train, "train", cfg, needs_answer)
     demos = _pool(data.demos, cfg) if data.demos else ()
     held = {role: _load(spec, role, cfg, needs_answer) if spec else ()

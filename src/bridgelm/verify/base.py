@@ -16,6 +16,7 @@ from typing import Protocol
 from bridgelm.config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.functions import RewardFunction, load_function
+from bridgelm.verify.grading import Task, build_judge
 
 
 class Verifier(Protocol):
@@ -51,19 +52,14 @@ def build_verifier(reward: RewardConfig) -> Verifier:
 
 
 def _judge(reward: RewardConfig) -> Judge | None:
+    if reward.verifier == "none":
+        return None
     if reward.verifier == "toy":
         from bridgelm.verify.toy import ToyJudge
 
         return ToyJudge()
-    if reward.verifier == "exact":
-        from bridgelm.verify.exact import ExactJudge
-
-        return ExactJudge()
-    if reward.verifier == "math":
-        from bridgelm.verify.math import MathJudge
-
-        return MathJudge(reward.time_limit)
-    return None
+    task = Task(reward.verifier, tuple(reward.extract), reward.tolerance)
+    return build_judge(task, reward.time_limit)  # pyright: ignore[reportReturnType]
 
 
 class Combined:

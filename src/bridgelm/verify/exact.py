@@ -1,13 +1,16 @@
-"""Equality of normalised strings: for answers that are words, letters or plain numbers."""
+"""Equality of normalised strings, and regular expressions: for answers that are words, letters or codes."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bridgelm.types import Problem, Verdict
-from bridgelm.verify.extract import anchored, boxed, last_line, outside_think
+from bridgelm.verify.decision import Decision
+from bridgelm.verify.extract import anchored, boxed, last_line, outside_think, tagged
+from bridgelm.verify.pool import Pool
 
 
 def normalise(text: str) -> str:
@@ -16,27 +19,76 @@ def normalise(text: str) -> str:
     return text.strip("$* ").rstrip(". ")
 
 
-def prediction(text: str) -> str | None:
-    """The last boxed answer, else what follows "the answer is", else the last line."""
+FINDERS = {"tags": tagged, "boxed": boxed, "phrase": anchored, "last line": last_line}
+
+
+def prediction(text: str) -> tuple[str | None, str]:
+    """What <answer> tags hold, else the last box, else what follows "the answer is", else the last line."""
     text = outside_think(text)
-    return next((found for find in (boxed, anchored, last_line) if (found := find(text)) is not None), None)
+    for how, find in FINDERS.items():
+        if (found := find(text)) is not None:
+            return found, how
+    return None, "none"
 
 
 class ExactJudge:
+    """The gold and the answer are the same words."""
+
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.last_error = ""
 
     def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return [self._verdict(problem, text) for problem, text in zip(problems, texts, strict=True)]
+        found = self.decide([problem.answer or "" for problem in problems], texts)
+        for problem, decision in zip(problems, found, strict=True):
+            if decision.verdict is Verdict.ERROR:
+                self.last_error = f"problem {problem.id!r} has no answer to compare with"
+        return [decision.verdict for decision in found]
 
-    def _verdict(self, problem: Problem, text: str) -> Verdict:
-        gold = normalise(problem.answer or "")
-        if not gold:
-            self.last_error = f"problem {problem.id!r} has no answer to compare with"
-            return Verdict.ERROR
-        found = prediction(text)
-        return Verdict.CORRECT if found is not None and normalise(found) == gold else Verdict.WRONG
+    def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
+        return [self._decision(gold, text) for gold, text in zip(golds, texts, strict=True)]
+
+    def _decision(self, gold: str, text: str) -> Decision:
+        found, how = prediction(text)
+        if not (gold := normalise(gold)):
+            return Decision(Verdict.ERROR, found, how, "the gold answer is empty")
+        same = found is not None and normalise(found) == gold
+        return Decision(Verdict.CORRECT if same else Verdict.WRONG, found, how, "same words" if same else "other words")
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def matches(task: dict[str, str], gold_is_good: Callable[[], None]) -> bool:
+    """Run in a worker: an expression that backtracks for ever ends at the limit."""
+    pattern = re.compile(task["gold"])
+    gold_is_good()
+    return pattern.fullmatch(task["prediction"].strip()) is not None
+
+
+class RegexJudge:
+    """The gold is a regular expression, and matches the whole answer."""
+
+    def __init__(self, cpu_seconds: float = 1.0, workers: int | None = None):
+        self._pool = Pool("bridgelm.verify.exact:matches", cpu_seconds, size=workers)
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter({"exhausted": self._pool.counts["exhausted"], "cached": self._pool.counts["cached"]})
+
+    @property
+    def last_error(self) -> str:
+        return self._pool.last_error
+
+    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
+        return [found.verdict for found in self.decide([problem.answer or "" for problem in problems], texts)]
+
+    def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
+        found = [prediction(text) for text in texts]
+        tasks = [{"gold": gold, "prediction": answer or ""} for gold, (answer, _) in zip(golds, found, strict=True)]
+        return [Decision(Verdict.ERROR if out.error else Verdict.CORRECT if out.result else Verdict.WRONG, answer, how,
+                         out.error or ("out of time or memory" if out.exhausted else "pattern"), out.ms)
+                for out, (answer, how) in zip(self._pool.run(tasks), found, strict=True)]
+
+    def close(self) -> None:
+        self._pool.close()

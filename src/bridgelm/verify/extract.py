@@ -1,23 +1,63 @@
-"""Where in a completion the answer is. Strings only, linear in their length: hostile texts must not hang it."""
+"""Where in a completion the answer is. Strings only, linear in their length: hostile texts must not hang it.
+
+A task says which rules may find it, in the order in which they are tried; a result says which one did.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Rule = Literal["tags", "boxed", "phrase", "bare", "last"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 THINK = re.compile(r"</?think>")
+SPECIAL = re.compile(r"<\|[a-z_]{2,20}\|>(?:user|assistant|system)?")
+BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
+TAGS = re.compile(r"<answer>((?:(?!</?answer>)[\s\S])*)</answer>", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 BARE = re.compile(r"[^\s$\\{}]+")
-ANCHOR = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
+# "The answer is", "**Answer:**", "Final answer\n"
+ANCHOR = re.compile(r"(?:final\s+answer|\banswer)\**\s*(?:is|was|are|:|=|\n)\s*:?\s*\**\s*:?", re.IGNORECASE)
 # A sentence ends at a line break, or at a full stop that is followed by white space or nothing (so not within 3.14).
-SENTENCE_END = re.compile(r"\n|\.(?=\s|$)")
+SENTENCE_END = re.compile(r"\n|(?<![\s.][a-zA-Z])[.!?](?=\s|$)")
 # What may stand for itself as a mathematical expression: TeX between delimiters, or a number.
 # The bound on lengths keeps a text of a million "\(" linear.
 INNER = r"((?:[^$\\]|\\[\s\S])+)"  # an escaped dollar does not close
-TEX = rf"(?<!\\)\$\${INNER}\$\$|(?<!\\)\${INNER}\$|\\\(([^\n]{{0,500}}?)\\\)|\\\[([^$]{{0,500}}?)\\\]"
+TEX = rf"(?<!\\)\$\${INNER}\$\$|(?<!\\)\$((?:[^$\\\n]|\\.)+)\$|\\\(([^\n]{{0,500}}?)\\\)|\\\[([^$]{{0,500}}?)\\\]"
 DELIMITED = re.compile(TEX)
-MATHS = re.compile(TEX + r"|(?<![\w.])([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)")
+MATHS = re.compile(TEX + r"|(?<![\w.\\])([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?(?:\\?%)?)")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of the answer
+VERB = re.compile(r"(?<![a-zA-Z])(?:is|are|equals|be|was|becomes|gives)(?![a-zA-Z])\s*:?\s*|:\s+")
+WORD = re.compile(r"(?<![\\a-zA-Z_])[a-zA-Z][a-zA-Z'’-]+")
+TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|operatorname|begin|end)[a-z]*\s*\{[^{}]*\}")
+# Words of an answer that is all formula, and words that no answer has.
+OF_FORMULAS = {
+    "and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "sqrt", "pi", "infinity",
+    "infty", "theta", "alpha", "beta", "gamma", "lambda", "mod", "gcd", "lcm", "max", "min", "det", "arcsin",
+    "arccos", "arctan", "cbrt", "frac", "choose", "for", "all", "real", "numbers", "except", "no", "solution",
+    "solutions"}
+OF_PROSE = {
+    "the", "is", "are", "we", "so", "thus", "therefore", "hence", "because", "since", "that", "which", "have",
+    "has", "get", "gives", "find", "then", "this", "it's", "let", "answer", "final", "value", "can", "must"}
+LABEL = re.compile(r"(?<![\\a-zA-Z])(?!and\b|or\b)[a-zA-Z]{3,}\s*:?\s*(?:\$|\\\(|\\\[)"
+                   r"|(?<![\\a-zA-Z])[a-zA-Z]{3,}\s?:\s")
+BEFORE = re.compile(r"(?:(?<![\\a-z])[a-z]{2,}[\s,]+){3,}[^a-z]{0,8}\d")
+JOINED = re.compile(r"(?:[\s$,;.&]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{|\}|\*|\band\b|\bor\b"
+                    r"|[a-z]_?\{?\d?\}?\s*=)*", re.IGNORECASE)
+JOINING = re.compile(r"[,;]|\band\b|\bor\b", re.IGNORECASE)
+NEAR, BOXES = 45, 60
+
+
+def find(text: str, rules: Sequence[Rule] = RULES, cut: bool = True) -> tuple[str | None, str]:
+    """The answer and the rule that found it. `cut`: whether a box that the text's end cuts off is no answer."""
+    text = SPECIAL.sub("\n", BOX_TOKENS.sub(lambda m: f"<answer>{m.group(1)}</answer>", outside_think(text)))
+    for rule in rules:
+        if (found := FINDERS[rule](text, cut)) is not None:
+            return found.strip(), rule
+    return None, "none"
 
 
 def outside_think(text: str) -> str:
@@ -39,19 +79,61 @@ def outside_think(text: str) -> str:
     return "".join(kept)
 
 
+def tagged(text: str) -> str | None:
+    """What the last <answer> holds; a box in it counts alone."""
+    found = _last(TAGS, text)
+    if found is None:
+        return None
+    inner = found.group(1)
+    return boxes(inner) or inner
+
+
 def boxed(text: str) -> str | None:
     """The content of the last complete \\boxed{...} (or \\boxed 5), braces nested."""
-    boxes = list(BOX.finditer(text))
-    if not boxes:
-        return None
+    found = _boxes(text, True)
+    return found[-1][2] if found else None
+
+
+def boxes(text: str, cut: bool = True) -> str | None:
+    """The content of the last box, or of the last boxes if only separators part them: \\boxed{1} and \\boxed{2}."""
+    found = _boxes(text, cut)
+    if not found:
+        return "" if BOX.search(text) and cut else None  # the text ended within its answer
+    taken = [found[-1]]
+    for before in reversed(found[:-1]):
+        between = text[before[1] : taken[0][0]]
+        if before[1] > taken[0][0]:  # the outer of two nested ones
+            continue
+        if len(between) > NEAR or len(taken) == BOXES:
+            break
+        words = WORD.findall(TEXT.sub(" and " if "and" in between else " ", between))
+        if not JOINED.fullmatch(between) and not (JOINING.search(between) and len(words) < 6 and "." not in between):
+            break
+        taken.insert(0, before)
+    contents = list(dict.fromkeys(content for _, _, content in taken))
+    return contents[0] if len(contents) == 1 else ", ".join(contents)
+
+
+def _boxes(text: str, cut: bool) -> list[tuple[int, int, str]]:
+    """Start, end and content of each box, innermost of nested ones."""
+    starts = list(BOX.finditer(text))
+    if not starts:
+        return []
     closing = _closing_braces(text)
-    for found in reversed(boxes):
-        at = found.end()
+    found = []
+    for start in starts:
+        at = start.end()
         if at in closing:
-            return text[at + 1 : closing[at]].strip()
-        if bare := BARE.match(text, at):
-            return bare.group()
-    return None
+            if not BOX.match(text, at + 1) or closing.get(BOX.match(text, at + 1).end()) != closing[at] - 1:  # pyright: ignore
+                found.append((start.start(), closing[at] + 1, text[at + 1 : closing[at]].strip()))
+        elif text.startswith("{", at):  # never closed: only what a line or a delimiter ends is whole
+            rest = text[at + 1 : at + 400]
+            end = re.search(r"\$|\\\)|\\\]|\n", rest)
+            if end or not cut:
+                found.append((start.start(), len(text), rest[: end.start() if end else None].strip()))
+        elif bare := BARE.match(text, at):
+            found.append((start.start(), bare.end(), bare.group()))
+    return found
 
 
 def balanced(text: str) -> bool:
@@ -77,9 +159,75 @@ def anchored(text: str) -> str | None:
     found = _last(ANCHOR, text)
     if found is None:
         return None
-    rest = text[found.end() :].lstrip()
+    rest = text[found.end() :].lstrip(" *\n")
+    display = re.match(r"(?:\\\[|\$\$)\s*([\s\S]{1,500}?)\s*(?:\\\]|\$\$)", rest)
+    if display:
+        return display.group(1)
     stop = SENTENCE_END.search(rest)
     return (rest[: stop.start()] if stop else rest).strip(" *") or None
+
+
+def phrase(text: str) -> str | None:
+    """The answer within the sentence that announces it."""
+    found = anchored(text)
+    return None if found is None else answer_of(found)
+
+
+def answer_of(sentence: str) -> str:
+    """A sentence is its answer if it is all formula; else what stands after its last verb; else its last expression."""
+    if not is_prose(sentence):
+        return sentence
+    if (verb := _last(VERB, sentence)) is not None:
+        rest = sentence[verb.end() :].strip(" *")
+        if rest and not is_prose(rest):
+            return rest
+    return last_run(sentence) or sentence
+
+
+def last_run(sentence: str) -> str | None:
+    """The last expression, with those before it that only separators part from it: "$3$ or $5$" is an answer of two
+    values and not a free choice."""
+    found = list(MATHS.finditer(sentence))[-40:]
+    if not found:
+        return None
+    taken = [found[-1]]
+    for before in reversed(found[:-1]):
+        between = sentence[before.end() : taken[0].start()]
+        if len(between) > NEAR or not JOINED.fullmatch(between) or not JOINING.search(between):
+            break
+        taken.insert(0, before)
+    return ", ".join(_content(each) for each in taken)
+
+
+def bare(text: str) -> str | None:
+    """The whole text, if it is nothing but an answer."""
+    text = text.strip()
+    if not text or len(text) > 20_000 or "\n\n" in text or is_prose(text) or len(re.findall(r"(?<!\\)\$", text)) > 4:
+        return None
+    return text
+
+
+def is_prose(text: str) -> bool:
+    """Whether it talks about an answer rather than being one."""
+    outside = TEXT.sub(" ", DELIMITED.sub(" 0 ", text))
+    words = [word.lower() for word in WORD.findall(outside)]
+    if any(word in OF_PROSE for word in words) and len(words) > 1:
+        return True
+    if LABEL.search(TEXT.sub(" ", text)) or len(BEFORE.findall(outside.lower())) > 0:
+        return True
+    others = [word for word in words if word not in OF_FORMULAS]
+    sentence = re.search(r"[a-z]{2}[.!?]\s+\S", outside)
+    return len(others) > 6 or (sentence is not None and len(others) > 2)
+
+
+def last(text: str) -> str | None:
+    """The answer of the last line that has any mathematics in it."""
+    for line in reversed(text.strip().splitlines()[-40:]):
+        parts = [part for part in SENTENCE_END.split(line[-4000:]) if part and part.strip()]
+        for part in reversed(parts):
+            if MATHS.search(part):
+                return answer_of(part)
+    return last_maths(text)
 
 
 def last_line(text: str) -> str | None:
@@ -104,3 +252,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 def _content(found: re.Match[str]) -> str:
     return next(group for group in found.groups() if group is not None).strip()
+
+
+FINDERS = {"tags": lambda text, cut: tagged(text), "boxed": boxes, "phrase": lambda text, cut: phrase(text),
+           "bare": lambda text, cut: bare(text), "last": lambda text, cut: last(text)}

@@ -1,60 +1,94 @@
-"""Mathematical equality, by math-verify in killable workers."""
+"""Mathematical equality, in killable workers. What can be decided at a glance is decided here."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 from bridgelm.types import Problem, Verdict
-from bridgelm.verify.extract import anchored, boxed, delimited, last_maths, outside_think
+from bridgelm.verify.decision import Decision
+from bridgelm.verify.extract import RULES, Rule, find
+from bridgelm.verify.number import exact
 from bridgelm.verify.pool import Outcome, Pool
 
 MEMORY_MB = 2048
-
-
-def prediction(text: str) -> str | None:
-    """The answer of a completion: its last box, else what follows "the answer is", else its last expression."""
-    text = outside_think(text)
-    found = boxed(text)
-    if found is not None:
-        return found
-    found = anchored(text)
-    if found is None:
-        return last_maths(text)
-    # Several expressions count together: "$3$ or $5$" is an answer of two values and not a free choice.
-    return ", ".join(delimited(found)) or found
+SHORT = 60  # characters of what is decided without a worker
 
 
 class MathJudge:
-    def __init__(self, cpu_seconds: float = 1.0, workers: int | None = None):
+    def __init__(self, cpu_seconds: float = 1.0, workers: int | None = None, extract: Sequence[Rule] = RULES,
+                 tolerance: float = 0.0):
         self._pool = Pool("bridgelm.verify.math_worker:compare", cpu_seconds, MEMORY_MB, workers)
+        self._extract, self._tolerance = tuple(extract), tolerance
+        self._glance = 0
 
     @property
     def counts(self) -> Counter[str]:
-        return Counter({"exhausted": self._pool.counts["exhausted"], "cached": self._pool.counts["cached"]})
+        counts = self._pool.counts
+        return Counter({"exhausted": counts["exhausted"], "cached": counts["cached"], "at_a_glance": self._glance})
 
     @property
     def last_error(self) -> str:
         return self._pool.last_error
 
+    def start(self) -> None:
+        self._pool.start()
+
     def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
+        return [found.verdict for found in self.decide([problem.answer or "" for problem in problems], texts)]
+
+    def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         """A completion without an answer is wrong and needs no worker."""
-        verdicts = [Verdict.WRONG] * len(texts)
+        found: list[Decision | None] = []
         tasks: dict[int, dict[str, str]] = {}
-        for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
-            found = prediction(text)
-            if found is not None:
-                tasks[i] = {"gold": problem.answer or "", "prediction": found}
+        for i, (gold, text) in enumerate(zip(golds, texts, strict=True)):
+            start = time.thread_time()
+            answer, how = find(text, self._extract)
+            gold = gold_answer(gold)
+            decision = at_a_glance(gold, answer, how)
+            if decision is None:
+                tasks[i] = {"gold": gold, "prediction": answer or "", "how": how}
+                if self._tolerance:
+                    tasks[i]["tolerance"] = repr(self._tolerance)
+            found.append(decision and decision.timed(time.thread_time() - start))
+        self._glance += len(texts) - len(tasks)
         for i, outcome in zip(tasks, self._pool.run(list(tasks.values())), strict=True):
-            verdicts[i] = verdict_of(outcome)
-        return verdicts
+            found[i] = decision_of(outcome, tasks[i]["prediction"], tasks[i]["how"])
+        return [decision for decision in found if decision is not None]
 
     def close(self) -> None:
         self._pool.close()
 
 
-def verdict_of(outcome: Outcome) -> Verdict:
+def gold_answer(gold: str) -> str:
+    """A gold answer may itself be a solution with a box, cut or not."""
+    answer, _ = find(gold, ("tags", "boxed", "phrase", "bare") if len(gold) > 80 else ("boxed",), cut=False)
+    return gold if answer is None else answer
+
+
+def at_a_glance(gold: str, answer: str | None, how: str) -> Decision | None:
+    """Missing answers, plain numbers and equal strings."""
+    if not gold.strip():
+        return Decision(Verdict.ERROR, answer, how, "the gold answer is empty")
+    if answer is None or not answer.strip():
+        return Decision(Verdict.WRONG, answer, how, "no answer")
+    if len(gold) > SHORT or len(answer) > SHORT:
+        return None
+    left, right = gold.strip().strip("$"), answer.strip().strip("$")
+    if left and left == right:
+        return Decision(Verdict.CORRECT, answer, how, "same text")
+    a, b = exact(left), exact(right)
+    if a is not None and b is not None and "." not in left + right:
+        return Decision(Verdict.CORRECT if a == b else Verdict.WRONG, answer, how, "number")
+    return None
+
+
+def decision_of(outcome: Outcome, answer: str, how: str) -> Decision:
     """Running out of time or memory against a good gold is wrong: hanging the grader must not pay."""
     if outcome.error:
-        return Verdict.ERROR
-    return Verdict.CORRECT if outcome.result and not outcome.exhausted else Verdict.WRONG
+        return Decision(Verdict.ERROR, answer, how, outcome.error, outcome.ms)
+    if outcome.exhausted:
+        return Decision(Verdict.WRONG, answer, how, "out of time or memory", outcome.ms)
+    equal, rule = outcome.result
+    return Decision(Verdict.CORRECT if equal else Verdict.WRONG, answer, how, rule, outcome.ms)

@@ -1,7 +1,8 @@
 """A pool of killable worker processes for functions that may hang, eat memory or crash on hostile input.
 
 Plain subprocesses that exchange JSON lines: nothing is unpickled, and unlike multiprocessing's spawn the user's script
-is not run again. One item at a time goes to a worker; if it dies on it, only this item is concerned.
+is not run again. One item at a time goes to a worker; if it dies on it, only this item is concerned, and the next
+worker is there at once: each is a fork of a warm parent.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Outcome:
     result: Any = None
     exhausted: bool = False
     error: str = ""
+    ms: float = field(default=0.0, compare=False)  # CPU time of the worker
 
 
 class WorkerDied(Exception):
@@ -50,6 +52,10 @@ class WorkerDied(Exception):
     def __init__(self, code: int | None, good: bool):
         super().__init__(f"a worker ended with code {code}")
         self.code, self.good = code, good
+
+
+class Replaced(WorkerDied):
+    """The worker died on a task and is there again, warm."""
 
 
 class _Worker:
@@ -80,16 +86,23 @@ class _Worker:
             self._process.stdin.flush()
             while True:
                 message = self._read(deadline)
+                if "dead" in message:  # the process that had the task; its parent has already put another in its place
+                    raise Replaced(message["dead"], good)
                 if "good" not in message:
                     break
                 good = True
         except BrokenPipeError:
             raise WorkerDied(self._process.wait(), good) from None
+        except Replaced:
+            raise
         except WorkerDied as death:
             raise WorkerDied(death.code, good) from None
+        ms = message.get("ms", 0.0)
         if message.get("exhausted"):
-            return Outcome(exhausted=True) if good else Outcome(error=GOLD_EXHAUSTS)
-        return Outcome(error=message["error"]) if "error" in message else Outcome(result=message["result"])
+            return Outcome(exhausted=True, ms=ms) if good else Outcome(error=GOLD_EXHAUSTS, ms=ms)
+        if "error" in message:
+            return Outcome(error=message["error"], ms=ms)
+        return Outcome(result=message["result"], ms=ms)
 
     def _read(self, deadline: float) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -105,8 +118,14 @@ class _Worker:
         return json.loads(line)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """The process that waits ends the one that works before itself; if it does not, both are ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):  # what was not yet sent to the killed worker
@@ -123,6 +142,7 @@ class Pool:
         self.counts: Counter[str] = Counter()
         self.last_error = ""
         self._arguments = [target, str(cpu_seconds), str(memory_mb)]
+        self._limit = 1000 * cpu_seconds
         self._wall = WALL_FLOOR + WALL_FACTOR * cpu_seconds
         package = str(Path(__file__).resolve().parents[2])
         found = [*paths, package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -136,6 +156,20 @@ class Pool:
         self._lock = threading.Lock()
         self._closed = False
         weakref.finalize(self, _kill_all, self._alive)
+
+    def start(self) -> None:
+        """Starts all workers now, in the background: their imports take seconds."""
+        def one() -> None:
+            worker = self._idle.get()
+            try:
+                if worker is None and not self._closed:
+                    with contextlib.suppress(UserError, AssertionError):  # told with the first task
+                        worker = self._start()
+            finally:
+                self._idle.put(worker)
+
+        for _ in range(self.size):
+            threading.Thread(target=one, daemon=True).start()
 
     def run(self, tasks: Sequence[dict[str, str]]) -> list[Outcome]:
         assert not self._closed, "the pool is closed"
@@ -173,10 +207,11 @@ class Pool:
                 try:
                     return worker.run(task)
                 except WorkerDied as death:
-                    self._bury(worker)
-                    worker = None
+                    self._lost(worker, isinstance(death, Replaced))
+                    worker = worker if isinstance(death, Replaced) else None
                     if death.code in EXHAUSTED:
-                        return Outcome(exhausted=True) if death.good else Outcome(error=GOLD_EXHAUSTS)
+                        return (Outcome(exhausted=True, ms=self._limit) if death.good
+                                else Outcome(error=GOLD_EXHAUSTS, ms=self._limit))
                     if attempt == 2 or death.code is None:
                         return Outcome(error=str(death) if death.code is not None else "no answer within the wall time")
             raise AssertionError("unreachable")
@@ -191,10 +226,13 @@ class Pool:
             self.counts["started"] += 1
         return worker
 
-    def _bury(self, worker: _Worker) -> None:
-        worker.kill()
+    def _lost(self, worker: _Worker, replaced: bool) -> None:
         with self._lock:
+            self.counts["killed"] += 1
+            if replaced:
+                return
             self._alive.discard(worker)
+        worker.kill()
 
     def close(self) -> None:
         self._closed = True

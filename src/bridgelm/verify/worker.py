@@ -1,7 +1,8 @@
 """A worker process: reads one JSON task a line, answers one JSON line (`python -m bridgelm.verify.worker ...`).
 
-The kernel enforces the limits, so nothing in the task can outlast them: ITIMER_PROF counts this process's CPU time and
-ends it by SIGPROF, in C code too; RLIMIT_AS makes allocation fail.
+It imports and warms up once, then forks: the child works, and if it dies on a task the parent says so and forks the
+next one at once, warm. The kernel enforces the limits, so nothing in the task can outlast them: ITIMER_PROF counts the
+child's CPU time and ends it by SIGPROF, in C code too; RLIMIT_AS makes allocation fail.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+Say = Callable[..., None]
 
 
 def main(target: str, cpu_seconds: float, memory_mb: int) -> None:
     # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
     def say(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
+        os.write(answers, json.dumps(message).encode() + b"\n")
 
     module, _, name = target.partition(":")
     try:
@@ -34,17 +38,51 @@ def main(target: str, cpu_seconds: float, memory_mb: int) -> None:
     except Exception as error:  # whatever it is, the parent must hear why there is no worker
         say(broken=f"{type(error).__name__}: {error}")
         return
-    _limit_memory(memory_mb)
     say(ready=True)
-    for line in sys.stdin:
+    while (code := _supervise(lambda: _serve(function, say, cpu_seconds, memory_mb))) != 0:
+        say(dead=code)
+
+
+def _supervise(serve: Callable[[], None]) -> int:
+    """The exit code of a forked child; when this process is told to end, the child goes first."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(KeyboardInterrupt):
+            serve()
+        os._exit(0)
+
+    def end(*_: Any) -> None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    _, status = os.waitpid(child, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _lines() -> Iterator[bytes]:
+    """From the pipe itself: what a child has read ahead would be lost with it."""
+    rest = b""
+    while chunk := os.read(0, 1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _serve(function: Callable[..., Any], say: Say, cpu_seconds: float, memory_mb: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _limit_memory(memory_mb)
+    for line in _lines():
         task = json.loads(line)
+        start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             answer = {"result": function(task, lambda: say(good=True))}
         except Exception as error:  # a fault of the grader: reported as such, never as a wrong answer
             answer = {"exhausted": True} if _ran_out(error) else {"error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_PROF, 0)
-        say(**answer)
+        say(ms=1000 * (time.process_time() - start), **answer)
 
 
 def _ran_out(error: BaseException | None) -> bool:
