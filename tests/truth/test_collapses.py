@@ -15,7 +15,7 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm import training
+from bridgelm import methods_info, training
 from bridgelm.batching import make_batch
 from bridgelm.config import make_config
 from bridgelm.methods import METHODS, bridge, chord, hpt, joint, token_lead, trapo
@@ -35,7 +35,10 @@ def _wide_norm() -> Iterator[None]:
 
 def course(folder: Path, method: dict[str, Any], **changes: Any) -> Course:
     """What each of the steps hands to theta's optimiser."""
-    session = open_session(make_config(raw_config(folder, method, steps=STEPS, **changes)))
+    raw = raw_config(folder, method, steps=STEPS, **changes)
+    if methods_info.needs(method["name"]) & {"teacher", "behaviour"}:
+        raw["teacher"] = {"name_or_path": raw["model"]["name_or_path"]}
+    session = open_session(make_config(raw))
     apply, handed = session.policy.apply, []
 
     def spy(name: str, gradient: Any, *args: Any, **options: Any) -> float:
@@ -65,6 +68,9 @@ def differ(first: Course, second: Course) -> float:
 
 COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "joint at mu 0 is grpo": ({"name": "joint", "mu": 0.0}, {"name": "grpo"}),
+    "kdrl at beta 0 is grpo": ({"name": "kdrl", "beta": 0.0, "delta": 0.0}, {"name": "grpo"}),
+    "pear with even ratios is sft": ({"name": "pear", "gamma": 1.0, "ratio_low": 0.0, "ratio_high": 0.0},
+                                     {"name": "sft"}),
     "bridge at lambda 0, w frozen, is sft": ({**FROZEN, "lambda": 0.0}, {"name": "sft"}),
     "bridge at lambda 1, w frozen, is grpo": ({**FROZEN, "lambda": 1.0}, {"name": "grpo"}),
     "bridge at lambda 1/4, w frozen, is joint at mu 3": ({**FROZEN, "lambda": 0.25}, {"name": "joint", "mu": 3.0}),
