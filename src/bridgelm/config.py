@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
-from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict
+from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict, parts
 from bridgelm.options.reward import RewardConfig
 from bridgelm.options.teachers import TeacherConfig
 
@@ -149,6 +149,10 @@ class RunConfig(Strict):
             raise ValueError("reward.weights needs one number for each of reward.functions")
         if self.data.train.startswith("toy:") != (self.reward.verifier == "toy"):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
+        refuses = next((part for part in parts(self.method) if part.no_refill), None)
+        if self.rollout.refill and refuses is not None:
+            raise ValueError(f"rollout.refill: set it to 0 for method {getattr(refuses, 'name', '')!r}: "
+                             f"{refuses.no_refill}")
         if isinstance(self.method, SequenceOptions):
             stage_steps(self.method, self.steps)
             stages = self.method.stages

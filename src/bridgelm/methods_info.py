@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from bridgelm import options
 from bridgelm.config import RunConfig, stage_steps
 from bridgelm.errors import UserError
+from bridgelm.options import parts
 
 METHODS_FOLDER = Path(__file__).parent / "methods"
 
@@ -86,12 +87,6 @@ def remedy(need: str) -> str:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NEEDS":
             return ast.literal_eval(node.value).get(need, need)
     return need
-
-
-def parts(method: BaseModel) -> list[BaseModel]:
-    """The plain methods that a run consists of: its own, those of its stages, or the one that it is wrapped round."""
-    inner = [stage.method for stage in getattr(method, "stages", [])] or [getattr(method, "method", None)]
-    return [part for one in inner if one is not None for part in parts(one)] or [method]
 
 
 def samples(part: BaseModel) -> bool:

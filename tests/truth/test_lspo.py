@@ -292,6 +292,5 @@ def test_mutants_are_seen(name: str) -> None:
 
 
 def test_refill_is_refused() -> None:
-    config = run_config({"name": "lspo"}, rollout={"refill": 1})
     with pytest.raises(UserError, match="refill"):
-        lspo_module.Lspo(config.method, config)
+        run_config({"name": "lspo"}, rollout={"refill": 1})

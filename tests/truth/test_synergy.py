@@ -250,9 +250,8 @@ def test_progressive_is_joint_whose_imitation_ends_in_nothing() -> None:
 
 
 def test_refills_are_refused() -> None:
-    config = load_config(ROOT / "recipes" / "toy" / "interleaved.toml", ["rollout.refill=1"])
     with pytest.raises(UserError, match=r"rollout\.refill"):
-        interleaved_module.Interleaved(config.method, config)
+        load_config(ROOT / "recipes" / "toy" / "interleaved.toml", ["rollout.refill=1"])
     with pytest.raises(UserError, match=r"rl\.kl_coef is a part of J_RL"):
         load_config(ROOT / "recipes" / "toy" / "data_mixing.toml", ["method.rl.kl_coef=0.1"])
     with pytest.raises(UserError, match="sft_lr needs optimisers"):

@@ -30,7 +30,6 @@ from torch import Tensor
 from bridgelm import credit, hints
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, credited, descend, rl_coef, rl_setup, rl_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import NOTHING, Roller
@@ -74,9 +73,6 @@ class Bread(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'bread' has a use for groups that fail, and refills replace them; "
-                            "set it to 0")
         self.measured: Metrics = {}
 
     def setup(self, policy: Policy) -> None:

@@ -35,7 +35,6 @@ from torch import Tensor
 from bridgelm import credit, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -52,9 +51,6 @@ class Guide(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'guide' compares two policies on the same problems, and replacing "
-                            "groups would choose among them; set it to 0")
         self.mean = self.peak = 0.0  # running mean of the gain and its largest value: a new w does nothing yet
         self.measured: Metrics = {}
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from bridgelm import credit
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -41,9 +40,6 @@ class Interleaved(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'interleaved' imitates where all rollouts fail, and those groups "
-                            "would be replaced before it sees them; set it to 0")
         self.failed: list[str] = []  # ids of the problems since the last SFT step, the newest last
         self.measured: Metrics = {}
 

@@ -32,7 +32,6 @@ from bridgelm import dist
 from bridgelm.batching import make_batch
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, credited, descend, rl_coef, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -48,9 +47,6 @@ class Lspo(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: it replaces the groups that all fail, and method 'lspo' is for those; "
-                            "set it to 0")
         self.start: dict[str, Tensor] = {}  # of w
         self.measured: Metrics = {}
 

@@ -18,15 +18,13 @@ already is not learnt. And `rollout.refill` would replace the all-fail groups, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from torch import Tensor
 
 from bridgelm import credit, dist, losses
-from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, experts, rl_coef, rl_setup, rl_terms, with_kl
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
@@ -39,12 +37,6 @@ class Luffy(Method):
     form = Form(data="rollouts + a demo in each group", demo="A .1p/(p + .1)^2", rollout="PG (mixed-group A)",
                 controller="A of the demo", models="none; reference with rl.kl_coef")
     needs = frozenset({"paired_demos"})
-
-    def __init__(self, options: Any, run: RunConfig) -> None:
-        super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'luffy' learns from demonstrations where all own answers fail, and "
-                            "refilling would replace those groups; set it to 0")
 
     def setup(self, policy: Policy) -> None:
         rl_setup(policy, self.options.rl)

@@ -46,9 +46,6 @@ class PrefixRft(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'prefix_rft' has a hybrid in each group, and groups are judged "
-                            "without it; set it to 0")
         if options.hybrids > run.rollout.group - 2:
             raise UserError(f"method.hybrids: {options.hybrids} of rollout.group = {run.rollout.group} leave fewer "
                             "than two plain rollouts for a mean; lower it, or raise rollout.group")

@@ -19,16 +19,14 @@ at a weight of 1 against .1 exp(H). With several updates a batch nothing correct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bridgelm import credit, dist, losses
-from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, experts
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
@@ -41,12 +39,6 @@ class Srft(Method):
     form = Form(data="rollouts + a demo in each group", demo=".5e^-H + A .1p/(p + .1)^2",
                 rollout=".1e^H right, -1 wrong", controller="entropy H", models="none")
     needs = frozenset({"paired_demos"})
-
-    def __init__(self, options: Any, run: RunConfig) -> None:
-        super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'srft' learns from demonstrations where all own answers fail, and "
-                            "refilling would replace those groups; set it to 0")
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         own = roll.groups(data)

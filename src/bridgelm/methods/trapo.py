@@ -57,9 +57,6 @@ class Trapo(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'trapo' draws a prompt's rows one after the other and helps those "
-                            "that fail; set it to 0")
         self.sizes = sizes(run.rollout.group)
         self.measured: Metrics = {}
 

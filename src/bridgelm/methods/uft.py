@@ -26,7 +26,6 @@ from torch import Tensor
 from bridgelm import hints
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, credited, descend, rl_coef, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import NOTHING, Roller
@@ -42,9 +41,6 @@ class Uft(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'uft' draws a hint for each problem, and replacing flat groups "
-                            "would choose among hints; set it to 0")
         self.measured: Metrics = {}
 
     def setup(self, policy: Policy) -> None:

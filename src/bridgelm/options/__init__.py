@@ -29,7 +29,7 @@ from bridgelm.options.shaping import PairShuffle, Shaping
 from bridgelm.options.teachers import KdrlOptions, PearOptions
 
 __all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions",
-           "Shadowed", "Share", "SingleOptions", "Stage", "Strict"]
+           "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
@@ -91,3 +91,9 @@ class SequenceOptions(Strict):
 
 
 MethodOptions = SingleOptions | ShuffleR1Options | SequenceOptions
+
+
+def parts(method: Strict) -> list[Strict]:
+    """The plain methods that a run consists of: its own, those of its stages, or the one that it is wrapped round."""
+    inner = [stage.method for stage in getattr(method, "stages", [])] or [getattr(method, "method", None)]
+    return [part for one in inner if one is not None for part in parts(one)] or [method]

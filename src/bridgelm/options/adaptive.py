@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ class TrapoOptions(Strict):
     """Expert prefixes that grow until a prompt is solved, imitated where the policy can follow."""
 
     name: Literal["trapo"] = "trapo"
+    no_refill: ClassVar[str] = "it draws a prompt's rows one after the other and helps those that fail"
     rl: ConstantLength = ConstantLength()
     clip: bool = False  # clip own tokens (rl.clip_low, rl.clip_high); off in the official script
     alpha: Share = 0.1  # official code and paper; a token of probability p weighs min(1, p / alpha); 0: sft, 1: p
@@ -80,6 +81,7 @@ class LspoOptions(Strict):
     """Where all samples of a prompt fail, a throw-away w that has just read the demonstrations samples again."""
 
     name: Literal["lspo"] = "lspo"
+    no_refill: ClassVar[str] = "it is for the groups that all fail, which refills replace"
     rl: PolicyGradient = PolicyGradient()  # the paper compares with DAPO: its clip range and token mean
     rank: Annotated[int, Field(ge=1)] = 8  # not recoverable ("small"); ours
     alpha: Rate = 16.0  # not recoverable; ours

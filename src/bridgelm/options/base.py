@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,8 @@ Weight = Annotated[float, Field(ge=0)]
 
 class Strict(BaseModel):
     """No unknown keys, no silent conversions, no later changes."""
+
+    no_refill: ClassVar[str] = ""  # of a method's options: why `rollout.refill` would spoil it
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 

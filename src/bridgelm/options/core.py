@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -151,6 +151,8 @@ class GuideOptions(LowRank):
     """w is a guide that half of the rollouts follow and that is taken away in the end."""
 
     name: Literal["guide"] = "guide"
+    no_refill: ClassVar[str] = ("it compares two policies on the same problems, and replacing groups "
+                               "would choose among them")
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of each group that follows the guide, at first
     kappa: Annotated[float, Field(ge=0)] = 0.01  # pull of the guide towards theta: KL(guide || theta)
     shape: Rate = 0.1  # a guided success weighs p / (p + shape), p its token's probability without the guide

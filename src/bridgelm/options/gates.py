@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,7 @@ class UftOptions(Strict):
     """RL from a hint, the first part of a demonstration, that becomes shorter over the run."""
 
     name: Literal["uft"] = "uft"
+    no_refill: ClassVar[str] = "it draws a hint for each problem, and replacing flat groups would choose among hints"
     rl: PolicyGradient = PolicyGradient()  # the official code has clip_high .2, kl_coef .001 and divides by the std
     pieces: Annotated[int, Field(ge=1)] = 5  # that a demonstration is cut into, at most: official code
     high: Share = 0.95  # chance that a piece is shown, at the start: official code
@@ -72,6 +73,7 @@ class PrefixRftOptions(Strict):
     """One rollout of each group continues the first part of a demonstration, and is trained on both parts."""
 
     name: Literal["prefix_rft"] = "prefix_rft"
+    no_refill: ClassVar[str] = "it has a hybrid in each group, and groups are judged without it"
     rl: PolicyGradient = PolicyGradient()  # the official code has clip_high .2
     hybrids: Annotated[int, Field(ge=1)] = 1  # rollouts of a group that continue one prefix: official code
     low_start: Share = 0.95  # the shortest prefix, as a share of the demonstration, at the start: notes on the code
@@ -91,6 +93,7 @@ class BreadOptions(Strict):
     """GRPO, and for problems without a success rollouts from the shortest prefix that brings some."""
 
     name: Literal["bread"] = "bread"
+    no_refill: ClassVar[str] = "it has a use for groups that fail, which refills replace"
     rl: PolicyGradient = PolicyGradient()
     episodes: Annotated[int, Field(ge=2)] = 10  # that a demonstration is cut into, at most: the paper's K, from notes
     low: Share = 0.1  # ours, not recoverable: the success rates that a group from a prefix should have; between these

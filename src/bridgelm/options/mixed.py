@@ -22,6 +22,8 @@ class LuffyOptions(Strict):
     """Groups of `rollout.group` own answers and `demos` demonstrations."""
 
     name: Literal["luffy"] = "luffy"
+    no_refill: ClassVar[str] = ("it learns from demonstrations where all own answers fail, and refills "
+                               "replace those groups")
     rl: DrGrpo = DrGrpo()
     demos: Count = 1  # of the problem's own, in each group, where it has so many; [C] n_prefix = 1
     shape: Rate = 0.1  # gamma of f(p) = p / (p + gamma); [C] p_div_p_0.1
@@ -42,6 +44,8 @@ class SrftOptions(Strict):
 
     samples: ClassVar[bool] = True  # it has rollouts, and no table `rl`
     name: Literal["srft"] = "srft"
+    no_refill: ClassVar[str] = ("it learns from demonstrations where all own answers fail, and refills "
+                               "replace those groups")
     demos: Count = 1  # as in `luffy` [R]
     sft: Weight = 0.5  # of exp(-H) [P]
     right: Weight = 0.1  # of exp(H), for right own answers; wrong ones have 1 [P]

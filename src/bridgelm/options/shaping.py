@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ class InterleavedOptions(Strict):
     """The interleaved arm of the synergy study (2507.07562): RL, and SFT on what it cannot solve, in turn."""
 
     name: Literal["interleaved"] = "interleaved"
+    no_refill: ClassVar[str] = ("it imitates where all rollouts fail, and refills replace those groups "
+                               "before it sees them")
     rl: PolicyGradient = PolicyGradient()
     every: Number = 1  # an SFT step after every so many RL steps; not recoverable from the study
     optimisers: Literal["one", "two"] = "two"  # ours: as in `alternate`; ReLIFT (2506.07527) has two as well
