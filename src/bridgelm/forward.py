@@ -1,7 +1,10 @@
-"""One forward pass of a causal LM on a micro-batch: log-probs (and entropy) of the own tokens, head in chunks."""
+"""One forward pass of a causal LM on a micro-batch: log-probs of the own tokens (their entropy, their cross-entropy to
+another point's distribution), head in chunks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,42 +17,80 @@ CHUNK = 2**24  # logits held at once: 64 MiB in float32
 # Models whose logits are exactly head(last hidden state). Others may scale or cap them, so their own forward is used.
 PLAIN_HEAD = {"qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "smollm3"}
 
-
-def _chunk(hidden_ND: Tensor, head: Any, target_N: Tensor, temperature_N: Tensor,
-           entropy: bool) -> tuple[Tensor, Tensor]:
-    logits = head(hidden_ND)
-    return _score(logits, target_N, temperature_N, entropy)
+# Of another point: its log-probs (N, V) and the tokens (N) -> the distributions (N, V) that are aimed at.
+Target = Callable[[Tensor, Tensor], Tensor]
 
 
-def _score(logits_NV: Tensor, target_N: Tensor, temperature_N: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Soft:
+    """Soft targets for the own tokens: another point's last hidden states, and its head to make logits of them chunk by
+    chunk; the logits themselves where the head is not plain."""
+
+    values_N: Tensor
+    head: tuple[Tensor, Tensor | None] | None
+    target: Target
+
+    def at(self, part: slice, token_N: Tensor, temperature_N: Tensor) -> Tensor:
+        values_N = self.values_N[part]
+        logits_NV = values_N if self.head is None else torch.nn.functional.linear(values_N, *self.head)
+        return self.target(_log_softmax(logits_NV, temperature_N), token_N)
+
+
+def _log_softmax(logits_NV: Tensor, temperature_N: Tensor) -> Tensor:
     wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    logp_NV = torch.log_softmax(wide / temperature_N[:, None], dim=-1)
-    logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
-    return logp_N, -(logp_NV.exp() * logp_NV).sum(-1) if entropy else torch.zeros_like(logp_N)
+    return torch.log_softmax(wide / temperature_N[:, None], dim=-1)
 
 
-def forward(model: Any, micro: Micro, entropy: bool = False) -> Live:
-    """The own tokens' log-probabilities at each row's temperature, with gradients if they are switched on."""
+def _chunk(values_N: Tensor, head: Any, token_N: Tensor, temperature_N: Tensor, entropy: bool, soft: Soft | None,
+           part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    logp_NV = _log_softmax(values_N if head is None else head(values_N), temperature_N)
+    logp_N = logp_NV.gather(1, token_N[:, None])[:, 0]
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1) if entropy else torch.zeros_like(logp_N)
+    if soft is None:
+        return logp_N, entropy_N, torch.zeros_like(logp_N)
+    with torch.no_grad():
+        target_NV = soft.at(part, token_N, temperature_N)
+    return logp_N, entropy_N, -(target_NV * logp_NV).sum(-1)
+
+
+def _where(micro: Micro) -> tuple[Tensor, Tensor]:
+    """Own tokens (B, T), and the positions that predict them (B, T - 1)."""
     own_BT = micro.own_BT.clone()
     own_BT[:, 0] = False  # nothing predicts the first token
-    where = own_BT[:, 1:]
-    target_N = micro.ids_BT[:, 1:][where]
-    temperature_N = micro.temperature_B[:, None].expand_as(where)[where]
+    return own_BT, own_BT[:, 1:]
+
+
+def _last(model: Any, micro: Micro, where: Tensor) -> tuple[Tensor, Any]:
+    """Hidden states before the own tokens and the head; their logits and no head where it is not plain."""
     inputs = {"input_ids": micro.ids_BT, "attention_mask": micro.pad_BT.long(), "use_cache": False}
     if model.config.model_type in PLAIN_HEAD:
-        hidden_ND = model.base_model(**inputs).last_hidden_state[:, :-1][where]
-        head = model.get_output_embeddings()
-        size = max(1, CHUNK // head.weight.shape[0])
-        pieces = []
-        for start in range(0, len(target_N), size):
-            part = slice(start, start + size)
-            args = (hidden_ND[part], head, target_N[part], temperature_N[part], entropy)
-            pieces.append(_chunk(*args) if len(target_N) <= size else checkpoint(_chunk, *args, use_reentrant=False))
-        logp_N, entropy_N = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
-    else:
-        logits_NV = model(**inputs).logits[:, :-1][where]
-        logp_N, entropy_N = _score(logits_NV, target_N, temperature_N, entropy)
-    return Live(_spread(logp_N, own_BT), _spread(entropy_N, own_BT) if entropy else None)
+        return model.base_model(**inputs).last_hidden_state[:, :-1][where], model.get_output_embeddings()
+    return model(**inputs).logits[:, :-1][where], None
+
+
+@torch.no_grad()
+def soft_targets(model: Any, micro: Micro, target: Target) -> Soft:
+    """From a model that has the other point's weights now; it may have others when the targets are read."""
+    values_N, head = _last(model, micro, _where(micro)[1])
+    bias = getattr(head, "bias", None)
+    return Soft(values_N, None if head is None else (head.weight.data, None if bias is None else bias.data), target)
+
+
+def forward(model: Any, micro: Micro, entropy: bool = False, soft: Soft | None = None) -> Live:
+    """The own tokens' log-probabilities at each row's temperature, with gradients if they are switched on."""
+    own_BT, where = _where(micro)
+    token_N = micro.ids_BT[:, 1:][where]
+    temperature_N = micro.temperature_B[:, None].expand_as(where)[where]
+    values_N, head = _last(model, micro, where)
+    size = len(token_N) if head is None else max(1, CHUNK // head.weight.shape[0])
+    pieces = []
+    for start in range(0, max(1, len(token_N)), max(1, size)):
+        part = slice(start, start + size)
+        args = (values_N[part], head, token_N[part], temperature_N[part], entropy, soft, part)
+        pieces.append(_chunk(*args) if len(token_N) <= size else checkpoint(_chunk, *args, use_reentrant=False))
+    logp_N, entropy_N, cross_N = (torch.cat([p[i] for p in pieces]) for i in range(3))
+    return Live(_spread(logp_N, own_BT), _spread(entropy_N, own_BT) if entropy else None,
+                _spread(cross_N, own_BT) if soft else None)
 
 
 def _spread(values_N: Tensor, own_BT: Tensor) -> Tensor:

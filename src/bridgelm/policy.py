@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridgelm import batching, grads, optim
 from bridgelm.config import OptimConfig
-from bridgelm.forward import forward
+from bridgelm.forward import Soft, Target, forward, soft_targets
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, trainable
 from bridgelm.ledger import Ledger
@@ -92,9 +92,11 @@ class Policy(Weights):
         self.optimisers[name] = Named(optim.build(kind or self.config.kind, params, self.config, lr, source), group, lr)
 
     def grad(self, terms: Terms, batch: Batch, coef: Mapping[str, float], at: str = "live",
-             entropy: bool = False) -> Grads:
-        """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, at one snapshot."""
+             entropy: bool = False, soft: tuple[str, Target] | None = None) -> Grads:
+        """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, at one snapshot.
+        `soft` is another point and what to make of its distributions; `live.cross_BT` is the cross-entropy to that."""
         group, w = self._theta(at), self._w(at)
+        theirs = self.weights(soft[0]) if soft else {}
         wanted = trainable((group, w))
         for name, p in self.params.items():
             p.requires_grad_(name in wanted)
@@ -103,7 +105,8 @@ class Policy(Weights):
             for indices in batching.plan(batch.rows, self.micro_tokens, batching.idle(batch.rows, list(coef))):
                 rows = [batch.rows[i] for i in indices]
                 micro = batching.collate(rows, self.master, self.device, batch.stats)
-                live = forward(self.model, micro, entropy)
+                targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
+                live = forward(self.model, micro, entropy, targets)
                 values = terms(micro, live)
                 assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
                 parts = {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
@@ -120,6 +123,11 @@ class Policy(Weights):
                     self._keep(out.entropies, indices, rows, live.entropy_BT)
                 self.ledger.train += sum(len(row.ids) for row in rows)
         return out
+
+    def _soft_targets(self, micro: Micro, weights: Mapping[str, Tensor], target: Target) -> Soft:
+        self.ledger.score += int(micro.pad_BT.sum())
+        with self.holding(weights) as model:
+            return soft_targets(model, micro, target)
 
     def _drain(self, into: tuple[tuple[Group, Gradient], ...]) -> None:
         """Moves the model's gradients out, into those of the groups."""

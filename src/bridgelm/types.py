@@ -166,6 +166,7 @@ class Live:
 
     logp_BT: Tensor
     entropy_BT: Tensor | None = None
+    cross_BT: Tensor | None = None  # cross-entropy to the soft targets, where `policy.grad` was given some
 
 
 Metrics = dict[str, float]

@@ -53,6 +53,8 @@ LIMITS: dict[str, Callable[[Any, Grads, Policy, int], Wanted]] = {
     "trapo": lambda method, sft, policy, step: of_theta(1.0, sft),  # of the prefixes, if the prompts failed
     "sasr": lambda method, sft, policy, step: of_theta(method.p if method.imitating else 0.0, sft),
     "amft": lambda method, sft, policy, step: of_theta(method.mu, sft),
+    "rft": lambda method, sft, policy, step: of_theta(1.0, sft),  # of the right answers, if there are any
+    "fdiv_sft": lambda method, sft, policy, step: {"theta": {}},  # no reward enters its step, so nothing is compared
     # The RL step does not move, so SFT follows from the same point.
     # With demonstrations of failed problems only; nothing at all where all pass.
     "interleaved": lambda method, sft, policy, step: {"theta_sft": sft.theta},

@@ -46,6 +46,9 @@ METHOD: dict[str, dict[str, Any]] = {
     "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
     "bread": {"name": "bread", "episodes": 4},
     "lspo": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05},
+    "rft": {"name": "rft"},
+    "fdiv_sft": {"name": "fdiv_sft", "beta": 0.5},
+    "gift": {"name": "gift", "beta": 3.0},
 }
 TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
 READINGS: dict[str, dict[str, Any]] = {
@@ -80,6 +83,12 @@ READINGS: dict[str, dict[str, Any]] = {
         {"method": {"name": "sft"}, "steps": 1},
         {"method": {"name": "shuffle_r1", "method": {"name": "joint", "rl": {"aggregate": "row"}}, "draws": 2}}]},
     "gta with tags": {"name": "gta", "open": "+ ", "close": " =", "format": "", "words": 1},
+    "rft in rounds": {"name": "rft", "refresh_every": 3, "max_per_problem": 1},
+    "rft over all tokens": {"name": "rft", "over": "all", "unique": False, "max_per_problem": 0},
+    "fdiv_sft, hellinger on own answers": {"name": "fdiv_sft", "divergence": "hellinger", "penalty": "own"},
+    "gift then grpo": {"name": "sequence", "stages": [
+        {"method": {"name": "gift", "smooth": 0.1, "beta": 2.0}, "steps": 2},
+        {"method": {"name": "grpo", "rl": {"kl_coef": 0.1}}}]},
     "guide without a pull": {**GUIDE, "kappa": 0.0, "lambda": 0.8, "rl": {"std": True, "aggregate": "row"}},
     "guide then grpo": {"name": "sequence", "stages": [{"method": GUIDE, "steps": 2}, {"method": {"name": "grpo"}}]},
     "trapo, paper's table with a reference": {"name": "trapo", "table": "paper", "baseline": "own",

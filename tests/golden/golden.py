@@ -62,6 +62,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "uft": {"name": "uft", "until": 1.0, "hint": 0.1},
     "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
     "bread": {"name": "bread", "episodes": 4},
+    "rft": {"name": "rft"},
+    "fdiv_sft": {"name": "fdiv_sft", "beta": 0.5},
+    "gift": {"name": "gift", "beta": 3.0},
 }
 # Of the recorded answers, no group of four fails.
 SECTIONS: dict[str, dict[str, Any]] = {"bread": {"rollout": {"prompts": 6, "group": 2, "max_new_tokens": 6}}}
@@ -69,7 +72,7 @@ KEPT = ("loss/", "grad_norm/", "bridge/norm", "bridge/gain", "bridge/ess", "brid
         "bridge/theta_move", "bridge/shadow_move", "bridge/agreement", "dial/", "barrier/", "lead/", "guide/", "dft/",
         "interleaved/", "mixing/", "shuffle_r1/", "trapo/", "sasr/", "amft/", "lspo/", "luffy/", "chord/", "gac/",
         "staged/", "gta/", "kdrl/", "pear/", "srft/", "reward", "lr",
-        "hpt/", "relift/", "uft/", "prefix_rft/", "bread/")
+        "hpt/", "relift/", "uft/", "prefix_rft/", "bread/", "rft/", "fdiv/", "gift/")
 
 
 def session(method: dict[str, Any], folder: Path) -> Any:

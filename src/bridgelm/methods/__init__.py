@@ -11,7 +11,9 @@ from bridgelm.methods.bridge_leaky import BridgeLeaky
 from bridgelm.methods.chord import Chord
 from bridgelm.methods.data_mixing import DataMixing
 from bridgelm.methods.dft import Dft
+from bridgelm.methods.fdiv_sft import FdivSft
 from bridgelm.methods.gac import Gac
+from bridgelm.methods.gift import Gift
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.gta import Gta
 from bridgelm.methods.guide import Guide
@@ -24,6 +26,7 @@ from bridgelm.methods.luffy import Luffy
 from bridgelm.methods.pear import Pear
 from bridgelm.methods.prefix_rft import PrefixRft
 from bridgelm.methods.relift import Relift
+from bridgelm.methods.rft import Rft
 from bridgelm.methods.sasr import Sasr
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
@@ -67,6 +70,9 @@ METHODS: dict[str, type[Method]] = {
     "prefix_rft": PrefixRft,
     "bread": Bread,
     "lspo": Lspo,
+    "rft": Rft,
+    "fdiv_sft": FdivSft,
+    "gift": Gift,
 }
 
 __all__ = ["METHODS", "Method"]

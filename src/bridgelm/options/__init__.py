@@ -24,7 +24,7 @@ from bridgelm.options.core import (
 )
 from bridgelm.options.gates import BreadOptions, HptOptions, PrefixRftOptions, ReliftOptions, UftOptions
 from bridgelm.options.mixed import CHORD_PRESETS, Mixed
-from bridgelm.options.offline import DftOptions
+from bridgelm.options.offline import DftOptions, FdivSftOptions, GiftOptions, RftOptions
 from bridgelm.options.shaping import PairShuffle, Shaping
 from bridgelm.options.teachers import KdrlOptions, PearOptions
 
@@ -35,7 +35,8 @@ SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | Br
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
                  | Shaping | TrapoOptions | SasrOptions | AmftOptions | LspoOptions | Mixed
                  | KdrlOptions | PearOptions
-                 | HptOptions | ReliftOptions | UftOptions | PrefixRftOptions | BreadOptions)
+                 | HptOptions | ReliftOptions | UftOptions | PrefixRftOptions | BreadOptions
+                 | RftOptions | FdivSftOptions | GiftOptions)
 
 
 class ShuffleR1Options(PairShuffle):

@@ -1,0 +1,212 @@
+"""GIFT's soft targets, and the cross-entropy to another point's distribution that they need: the real method on tiny
+real models, against the official code's formulas on whole logits, written out here in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutants import Swaps, mutate
+from torch import Tensor
+from transformer import wide_norm
+
+from bridgelm import batching, forward, grads
+from bridgelm.batching import make_batch
+from bridgelm.methods import gift as gift_module
+from bridgelm.methods.sft import Sft
+from bridgelm.options.core import SftOptions
+from bridgelm.policy import Grads
+from bridgelm.types import Row
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _wide_norm() -> Iterator[None]:
+    with wide_norm():
+        yield
+
+
+@pytest.fixture
+def moved(session: Open, tiny_folder: Callable[[str], Any]) -> Open:
+    """A session of GIFT on a kind of model, theta away from its base."""
+    def make(kind: str = "qwen2", model: dict[str, Any] | None = None, **options: Any) -> Any:
+        made = session({"name": "gift", **options}, model={"name_or_path": str(tiny_folder(kind)), **(model or {})})
+        with torch.no_grad():
+            for i, t in enumerate(made.policy.groups["theta"].flat().values()):
+                t += 0.2 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) * 1.3 + i).reshape(t.shape)
+        made.policy._stale = True
+        return made
+    return make
+
+
+def found_by(session: Any, rows: list[Row], method: Any = None) -> Grads:
+    method = method or session.method
+    return session.policy.grad(method.terms, make_batch(rows), {"nll": 1.0}, soft=("reference", method.target))
+
+
+def official(ref_logits: Tensor, token: int, beta: float, smooth: float) -> Tensor:
+    """Steps 3 to 5 of the official trainer for one position."""
+    probs = torch.softmax(ref_logits, -1)
+    mixed = (1 - smooth) * probs + smooth * (1.0 / len(probs))
+    raised = torch.log(mixed + 1e-10)
+    raised[token] = raised[token] + beta
+    return torch.softmax(raised, -1)
+
+
+def by_hand(session: Any, rows: list[Row], beta: float, smooth: float = 0.0) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient in the model's weights, from whole logits, row by row."""
+    policy, terms = session.policy, []
+
+    def logits(row: Row) -> Tensor:
+        return model(input_ids=torch.tensor(row.ids)[None]).logits[0, :-1]
+    with policy.at("reference") as model, torch.no_grad():
+        base = [logits(row) for row in rows]
+    with policy.at("live") as model:
+        for p in policy.params.values():
+            p.requires_grad_()
+        for row, other in zip(rows, base, strict=True):
+            logp = torch.log_softmax(logits(row), -1)
+            terms += [-(official(other[t - 1], int(row.ids[t]), beta, smooth) * logp[t - 1]).sum()
+                      for t in range(1, len(row.ids)) if row.own[t]]
+        loss = torch.stack(terms).sum() / len(terms)
+        found = torch.autograd.grad(loss, list(policy.params.values()))
+    return float(loss.detach()), dict(zip(policy.params, found, strict=True))
+
+
+def distance(found: Grads, wanted: tuple[float, dict[str, Tensor]]) -> float:
+    if found.losses["nll"] != pytest.approx(wanted[0], rel=1e-9):
+        return 1.0
+    size = grads.norm(wanted[1])
+    assert size > 1e-4
+    return grads.norm(grads.mix((1.0, found.theta), (-1.0, wanted[1]))) / size
+
+
+@pytest.mark.parametrize(("beta", "smooth"), [(2.0, 0.0), (1.0, 0.3), (20.0, 0.0)])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_gift_is_the_official_loss(moved: Open, kind: str, beta: float, smooth: float,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a plain head (tied to the embeddings) and with one that caps its logits; whole, and in chunks of a token."""
+    session = moved(kind, beta=beta, smooth=smooth)
+    assert isinstance(session.method, gift_module.Gift)
+    assert (session.policy.model.config.model_type in forward.PLAIN_HEAD) == (kind == "qwen2")
+    rows = session.method.gather(session.data, session.roll, 0)
+    wanted = by_hand(session, rows, beta, smooth)
+    before = {n: p.data.clone() for n, p in session.policy.params.items()}
+    assert distance(found_by(session, rows), wanted) < 1e-9
+    for chunk in (1, 29 * 3):
+        monkeypatch.setattr(forward, "CHUNK", chunk)
+        for micro_tokens in (1, 10**6):
+            session.policy.micro_tokens = micro_tokens
+            assert distance(found_by(session, rows), wanted) < 1e-9
+    assert all(torch.equal(p.data, before[n]) for n, p in session.policy.params.items()), "the live weights are back"
+
+
+def test_gift_in_low_rank_and_with_checkpointing(moved: Open) -> None:
+    session = moved("llama", {"lora_rank": 3, "gradient_checkpointing": True}, beta=2.0)
+    rows = session.method.gather(session.data, session.roll, 0)
+    loss, whole = by_hand(session, rows, 2.0)
+    found = found_by(session, rows)
+    assert found.losses["nll"] == pytest.approx(loss, rel=1e-9)
+    theta = session.policy.groups["theta"]
+    wanted = theta.zeros()
+    for name, g in whole.items():
+        theta.collect(wanted, name, g)
+    assert grads.norm(grads.mix((1.0, found.theta), (-1.0, wanted))) < 1e-9 * grads.norm(wanted)
+
+
+MUTANTS: dict[str, Swaps] = {
+    "base not raised": (("token_N] += o.beta", "token_N] += 0.0"),),
+    "beta times the probability": ((" += o.beta", " *= o.beta"),),
+    "no log": (("base_NV.log()", "base_NV.clone()"),),
+    "no smoothing": (("o.smooth / logq_NV.shape[1]", "0.0"),),
+    "smoothing by one": (("o.smooth / logq_NV.shape[1]", "o.smooth"),),
+    "towards oneself": (('soft=("reference"', 'soft=("live"'),),
+    "plain SFT": (('* live.cross_BT}', '* -live.logp_BT}'),),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_gifts_are_seen(moved: Open, name: str) -> None:
+    """Through the whole update, as the point that is aimed at is named there."""
+    session = moved(beta=2.0, smooth=0.3)
+    rows = session.method.gather(session.data, session.roll, 0)
+    wanted = by_hand(session, rows, 2.0, 0.3)
+    policy = session.policy
+    saved = {n: t.clone() for n, t in policy.tensors().items()}
+    for swaps, good in (((), True), (MUTANTS[name], False)):
+        policy.load({n: t.clone() for n, t in saved.items()})
+        method = mutate(gift_module, swaps).Gift(session.method.options, session.method.run)
+        norm = method.update(policy, make_batch(rows), 0)["grad_norm/theta"]
+        assert (abs(norm / grads.norm(wanted[1]) - 1) < 1e-9) == good
+
+
+def test_the_gradient_in_the_logits_is_pi_less_t(moved: Open) -> None:
+    """Of real micro-batches' chunks, by finite differences and in closed form; a base below the floor included."""
+    method = moved(beta=20.0).method
+    rng = np.random.default_rng(0)
+    base = torch.tensor(rng.normal(size=(3, 7)) * 2, dtype=torch.float64)
+    base[1, 4] = -60.0  # far below 1e-10
+    token, heat = torch.tensor([2, 4, 0]), torch.ones(3, dtype=torch.float64)
+    logits = torch.tensor(rng.normal(size=(3, 7)), dtype=torch.float64, requires_grad=True)
+    soft = forward.Soft(base, None, method.target)
+
+    def loss(x: Tensor) -> Tensor:
+        return forward._chunk(x, None, token, heat, False, soft, slice(0, 3))[2].sum()
+    found, = torch.autograd.grad(loss(logits), logits)
+    target = torch.stack([official(base[i], int(token[i]), 20.0, 0.0) for i in range(3)])
+    torch.testing.assert_close(found, torch.softmax(logits, -1).detach() - target)
+    assert float(target[1, 4]) == pytest.approx(0.0463, abs=1e-3), "at the floor, 5 %"
+    assert float(target[0, 2]) == pytest.approx(1.0, abs=1e-6)
+    for i in range(3):
+        for k in range(7):
+            step = torch.zeros_like(logits)
+            step[i, k] = 1e-6
+            with torch.no_grad():
+                slope = (loss(logits + step) - loss(logits - step)) / 2e-6
+            assert float(slope) == pytest.approx(float(found[i, k]), abs=1e-8)
+
+
+def test_both_ends_of_beta(moved: Open) -> None:
+    """beta -> infinity is sft; beta = 0 leaves a policy at its base where it is."""
+    session = moved(beta=1e4)
+    rows = session.method.gather(session.data, session.roll, 0)
+    sft = session.policy.grad(Sft(SftOptions(), session.config).terms, make_batch(rows), {"nll": 1.0})
+    found = found_by(session, rows)
+    assert found.losses["nll"] == pytest.approx(sft.losses["nll"], rel=1e-12)
+    assert grads.norm(grads.mix((1.0, found.theta), (-1.0, sft.theta))) < 1e-12 * grads.norm(sft.theta)
+    still = moved(beta=0.0)
+    still.policy.copy("reference", "theta")
+    still.policy._stale = True
+    assert grads.norm(found_by(still, rows).theta) < 1e-7, "but for the floor"
+
+
+def test_another_points_distribution_at_each_rows_temperature(moved: Open) -> None:
+    """The core's part: cross-entropy of any two points, and what it costs."""
+    session = moved()
+    policy, rows = session.policy, session.method.gather(session.data, session.roll, 0)[:3]
+    ledger, seen = policy.ledger, []
+    scored = ledger.score
+
+    def terms(micro: Any, live: Any) -> dict[str, Tensor]:
+        seen.append(live.cross_BT.detach())
+        return {"nll": micro.weight["nll"] * live.cross_BT}
+    heated = [Row(r.ids, r.own, "demo", r.problem, temperature=0.5 + i).with_stream("nll", 1.0)
+              for i, r in enumerate(rows)]
+    policy.micro_tokens = 10**6
+    policy.grad(terms, make_batch(heated), {"nll": 1.0}, at="reference", soft=("live", lambda logq, _: logq.exp()))
+    assert ledger.score - scored == sum(len(row.ids) for row in rows)
+    order = batching.plan(heated, 10**6, set())[0]
+    for b, i in enumerate(order):
+        row = heated[i]
+        tables = []
+        for point in ("live", "reference"):
+            with policy.at(point) as model, torch.no_grad():
+                logits = model(input_ids=torch.tensor(row.ids)[None]).logits[0]
+            tables.append(torch.log_softmax(logits / row.temperature, -1))
+        for t in range(1, len(row.ids)):
+            wanted = -float((tables[0][t - 1].exp() * tables[1][t - 1]).sum()) if row.own[t] else 0.0
+            assert float(seen[0][b, t]) == pytest.approx(wanted, abs=1e-12)
