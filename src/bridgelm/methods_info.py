@@ -101,7 +101,7 @@ def sampling_steps(config: RunConfig) -> int:
     return sum(n for n, part in zip(steps, parts(method), strict=True) if samples(part))
 
 
-def needs_of(method: BaseModel) -> frozenset[str]:
+def needs_of(method: options.Strict) -> frozenset[str]:
     """What a configured method needs of the data, its stages included."""
     return frozenset(need for part in (method, *parts(method)) for need in needs(typing.cast(Any, part).name))
 

@@ -318,7 +318,7 @@ def test_rft_on_groups_that_all_pass_or_all_fail(opened: Open, over: str) -> Non
 def test_what_rft_refuses(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(UserError, match="over = 'all' needs refresh_every = 1"):
         make_config(raw_config(tmp_path, {"name": "rft", "over": "all", "refresh_every": 2}))
-    with pytest.raises(UserError, match=r"rollout\.refill: method 'rft'"):
+    with pytest.raises(UserError, match=r"rollout\.refill: set it to 0 for method 'rft'"):
         opened({"name": "rft"}, rollout={"refill": 1})
 
 

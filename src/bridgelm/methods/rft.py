@@ -27,7 +27,6 @@ from torch import Tensor
 from bridgelm import dist
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, descend, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -44,9 +43,6 @@ class Rft(Method):
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         super().__init__(options, run)
-        if run.rollout.refill:
-            raise UserError("rollout.refill: method 'rft' learns from groups that are all right, and a refill would "
-                            "throw them away; set it to 0")
         self.parts: list[list[Answer]] = []  # what this step and the next ones are going to be taught
         self.measured: Metrics = {}
 

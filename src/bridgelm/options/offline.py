@@ -21,6 +21,7 @@ class RftOptions(Strict):
     """Rejection-sampling fine-tuning on the policy's own right answers."""
 
     samples: ClassVar[bool] = True  # it draws answers, though it has no table `rl`
+    no_refill: ClassVar[str] = "it learns from groups that are all right, which refills replace"
     name: Literal["rft"] = "rft"
     refresh_every: Annotated[int, Field(ge=1)] = 1  # steps that the answers of one round are dealt out to; 1: online
     unique: bool = True  # of equal answers to a problem one is kept (RFT; it compares equations, we the whole answer)
