@@ -101,9 +101,10 @@ def sampling_steps(config: RunConfig) -> int:
     return sum(n for n, part in zip(steps, parts(method), strict=True) if samples(part))
 
 
-def needs_of(method: options.Strict) -> frozenset[str]:
+def needs_of(method: BaseModel) -> frozenset[str]:
     """What a configured method needs of the data, its stages included."""
-    return frozenset(need for part in (method, *parts(method)) for need in needs(typing.cast(Any, part).name))
+    return frozenset(need for part in (method, *parts(typing.cast(Any, method)))
+                     for need in needs(typing.cast(Any, part).name))
 
 
 @cache
