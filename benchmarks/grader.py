@@ -112,11 +112,12 @@ def step(data: Path) -> dict[str, Any]:
     with_pool = MathJudge(1.0, workers=2)
     with_pool.decide(["1+x"] * 8, [f"x+{i}" for i in range(8)])  # workers are there
     for repeat in range(3):
-        start, cpu = time.perf_counter(), time.process_time()
-        with_pool.decide([gold for gold, _ in pairs], [text + " " * repeat for _, text in pairs])
-        seconds.append((round(time.perf_counter() - start, 3), round(time.process_time() - cpu, 3)))
+        start = time.perf_counter()
+        decisions = with_pool.decide([gold for gold, _ in pairs], [text + " " * repeat for _, text in pairs])
+        workers = sum({(d.extracted, d.ms): d.ms for d in decisions}.values()) / 1000 if not repeat else 0.0
+        seconds.append({"wall": round(time.perf_counter() - start, 3), "cpu_of_workers": round(workers, 3)})
     with_pool.close()
-    return {"answers": len(pairs), "wall_and_own_cpu_seconds": seconds, "first": "empty cache", "others": "full cache"}
+    return {"answers": len(pairs), "workers": 2, "seconds_with_empty_cache_then_full": seconds}
 
 
 def main() -> None:

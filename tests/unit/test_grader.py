@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -79,7 +81,12 @@ EQUAL = {
                   ("y = 2x+3", "2x+3"), ("(p,q)=(3,2)", "(3,2)"), ("25", "x^2+y^2=25"), ("11", r"x\approx 11"),
                   ("f(x)=x", "y = x"),
                   ("a^2+b^2=c^2", "c^2=a^2+b^2"), ("|AB|=1", "1")],
-    "others": [("3:4", "6:8"), ("3:4", "3/4"), (r"\begin{pmatrix}1\\7\end{pmatrix}", "(1,7)"), ("204_5", "204"),
+    "others": [("17_8", "17 base 8"), ("17_8", r"17_{\text{eight}}"), ("x=1, y=2", "(x,y)=(1,2)"),
+               ("x=1, y=2", "(1, 2)"),
+               ("10", "ten"), (r"(-\infty,0)\cup(0,\infty)", "all real numbers except 0"),
+               (r"(-\infty,0)\cup(0,\infty)", r"ℝ \ {0}"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1, 2)^T"),
+               (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1, 2], [3, 4]]"), ("e^2", "exp(2)"), ("3:4", "6:8"),
+               ("3:4", "3/4"), (r"\begin{pmatrix}1\\7\end{pmatrix}", "(1,7)"), ("204_5", "204"),
                (r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{bmatrix}5&6\end{bmatrix}+\begin{bmatrix}1&2\end{bmatrix}"),
                (r"\begin{pmatrix}1/2&0\end{pmatrix}", r"\left[\begin{array}{cc}0.5&0\end{array}\right]")],
 }
@@ -110,6 +117,14 @@ DIFFERENT = {
                (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}")],
 }
 
+# What the adversary of benchmarks/grader_adversary.py found, and what its finds led to.
+FOUND_BY_SEARCH = {
+    "adversary": [("1, 2", "1,1 2"), ("x+1", "x+1'"), ("x+1", r"x+\ldots1"), ("1000", r"1000\ldots"),
+                  (r"\sqrt{5}", r"\sqrt{5}\mod\text{ m}2"), (r"\sqrt{5}", r"10^{-90}=\sqrt{5}"),
+                  (r"\text{(B)}", "(B) or (C)"), (r"\text{(B)}", "(B), (C)"), ("30^\\circ", r"30^\cir\$c"),
+                  ("x", r"x\mod 100"), ("7", "3+4=8")],
+}
+
 
 def cases(table):
     return [pytest.param(gold, text, id=f"{kind}: {gold} | {text}")
@@ -121,7 +136,7 @@ def test_equal(gold, text):
     assert judge(spell(gold), spell(text))[0]
 
 
-@pytest.mark.parametrize(("gold", "text"), cases(DIFFERENT))
+@pytest.mark.parametrize(("gold", "text"), cases(DIFFERENT) + cases(FOUND_BY_SEARCH))
 def test_different(gold, text):
     assert not judge(spell(gold), spell(text))[0]
 
@@ -368,6 +383,33 @@ def test_no_false_accept_on_labelled_cases():
     assert [case for case, d in pairs if d.verdict is Verdict.CORRECT and not case["expected"]] == []
     rejected = [case for case, d in pairs if d.verdict is not Verdict.CORRECT and case["expected"]]
     assert len(rejected) <= 0.01 * len(cases)
+
+
+def test_a_sample_of_the_generated_cases():
+    made = import_module("grader_cases")
+    source = made.generate(20)
+    cases = [next(source) for _ in range(400)]
+    assert {case.kind for case in cases} == {maker.__name__ for maker in made.MAKERS}
+    wrong = [case for case in cases if judge(spell(case.gold), spell(case.prediction))[0] != case.equal]
+    assert wrong == []
+
+
+def test_the_adversary_finds_a_hole_that_is_there():
+    adversary = import_module("grader_adversary")
+    numbers = re.compile(r"\d+")
+
+    def careless(golds: list[str], texts: list[str]) -> list[bool]:  # digits alone
+        return [numbers.findall(gold) == numbers.findall(text) for gold, text in zip(golds, texts, strict=True)]
+
+    assert adversary.search(careless, 0.03, 0)["false_accepts"]
+
+
+def import_module(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_seeded_shuffles_of_lists_are_equal_and_one_digit_off_is_not():

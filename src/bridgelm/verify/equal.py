@@ -8,26 +8,17 @@ from collections.abc import Sequence
 
 from bridgelm.verify import sets
 from bridgelm.verify.expression import TooBig, Unreadable, parse
+from bridgelm.verify.leaves import named, same_exactly, same_saying, same_times, same_values, same_words, skeleton
 from bridgelm.verify.number import exact
 from bridgelm.verify.scalar import proportional, same_value
 from bridgelm.verify.shape import Shape, is_name
-from bridgelm.verify.units import Quantity, factor_between
 
-NO_SOLUTION = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "none"}
-SAYINGS = [NO_SOLUTION, {"does not exist", "dne", "undefined"}, {"infinitely many", "infinite", "infinity"}]
 MATCHED = 300  # members of two lists that are matched by value; more only as exact numbers
-
-
-def skeleton(text: str) -> str:
-    """Without what never counts: blanks (but those between digits or words), and TeX that says "this is text"."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"_\{(\w)\}", r"_\1", text))
-    return re.sub(r"(?<=[^\w])\s+|\s+(?=[^\w])", "", text.strip()).strip(" .")
 
 
 def equal(g: Shape, p: Shape) -> str:
     """The rule by which they are equal; empty where they are not."""
-    g, p = _unwrapped(g, p)
+    g, p = _unwrapped(_named_apart(g, p), _named_apart(p, g))
     if g.kind == p.kind == "relation":
         return _relations(g, p)
     if g.kind == "list" and len(g.parts) == 1:
@@ -39,8 +30,15 @@ def equal(g: Shape, p: Shape) -> str:
     return _mixed(g, p)
 
 
-def named(rule: str, holds: bool) -> str:
-    return rule if holds else ""
+def _named_apart(shape: Shape, other: Shape) -> Shape:
+    """(x, y) = (1, 2) as x = 1, y = 2, where the other answer is a list."""
+    if other.kind != "list" or shape.kind != "relation" or shape.text != "=" or shape.parts[1].kind != "group":
+        return shape
+    names = [name.strip() for name in shape.parts[0].text.strip("() ").split(",")]
+    if len(names) != len(shape.parts[1].parts) or not _all_named(other.parts):
+        return shape
+    sides = zip(names, shape.parts[1].parts, strict=True)
+    return Shape("list", "", tuple(Shape("relation", "=", (Shape("value", name), value)) for name, value in sides))
 
 
 def _unwrapped(g: Shape, p: Shape) -> tuple[Shape, Shape]:
@@ -63,6 +61,8 @@ def _names_answer(shape: Shape, strict: bool) -> bool:
         symbols = parse(left).free_symbols
     except (Unreadable, TooBig, AttributeError):
         return True  # a name that is no expression
+    if not symbols and len(shape.parts) == 2:  # 3 + 4 = 7 says 7, and 3 + 4 = 8 nothing
+        return not strict and shape.parts[1].kind == "value" and same_value(left, shape.parts[1].text)
     if strict:  # 2x + z = 1 is not the answer 1; a quotient of names is a name
         return (bool(re.fullmatch(r"[\sA-Za-z_{}\\:/|]+", left)) and "frac" in left) or ":" in left
     return len(symbols) != 1
@@ -130,10 +130,15 @@ def _mixed(g: Shape, p: Shape) -> str:
         return _unordered(g, p) and "set"
     if kinds == ("group", "list"):  # a bare list in the order of the tuple
         return _all_equal(g.parts, p.parts) and "tuple"
-    if kinds == ("list", "group") and g.text != "pm" and not _like_interval(p):
+    apart = _all_named(g.parts) and _distinct(g.parts, g.parts)
+    if kinds == ("list", "group") and g.text != "pm" and (apart or not _like_interval(p)):
         return _all_equal(g.parts, p.parts) and "tuple"
     if set(kinds) == {"matrix", "group"}:
         matrix, group = (g, p) if g.kind == "matrix" else (p, g)
+        if all(row.kind == "group" for row in group.parts):  # [[1, 2], [3, 4]]
+            entries = [entry for row in group.parts for entry in row.parts]
+            shape = f"{len(group.parts)}x{len(group.parts[0].parts)}"
+            return named("matrix", shape == matrix.text and bool(_all_equal(matrix.parts, entries)))
         vector = matrix.text.startswith("1x") or matrix.text.endswith("x1")
         return _all_equal(matrix.parts, group.parts) and "vector" if vector and group.text in {"()", "[]"} else ""
     if set(kinds) == {"matrix", "value"}:  # a sum or product of matrices
@@ -147,19 +152,12 @@ def _mixed(g: Shape, p: Shape) -> str:
             return named("ratio", same_value(rf"\frac{{{ratio.parts[0].text}}}{{{ratio.parts[1].text}}}", value.text))
         return ""
     if set(kinds) == {"words", "value"}:
-        return _said(g, p)
+        return same_saying(g, p)
     if kinds[1] == "set" and kinds[0] in {"value", "matrix"} and len(p.parts) == 1:
         return equal(g, p.parts[0])
     if kinds == ("set", "value") and len(g.parts) == 1:
         return equal(g.parts[0], p)
     return ""
-
-
-def _said(g: Shape, p: Shape) -> str:
-    if g.text.strip() == p.text.strip() or (len(g.text) > 1 and g.text.casefold() == p.text.strip().casefold()):
-        return "words"
-    words, value = (g.text, p.text) if g.kind == "words" else (p.text, g.text)
-    return "words" if words in NO_SOLUTION and value.strip() in sets.EMPTY else ""
 
 
 def _like_interval(shape: Shape) -> bool:
@@ -234,33 +232,6 @@ def _bare(name: str) -> str:
     return re.sub(r"_\{?\w+\}?", "", skeleton(name))
 
 
-def _values(g: Shape, p: Shape) -> str:
-    left, right = g.quantity or Quantity(g.text), p.quantity or Quantity(p.text)
-    if left.percent != right.percent:
-        hundredth = [rf"\frac{{{side.text}}}{{100}}" if side.percent else side.text for side in (left, right)]
-        return "percent" if same_value(left.text, right.text) or same_value(*hundredth) else ""
-    scale = factor_between(left, right)
-    if scale is None:
-        return ""
-    if scale != 1:
-        scaled = rf"({left.text})\cdot\frac{{{scale.numerator}}}{{{scale.denominator}}}"
-        return "unit" if same_value(scaled, right.text) else ""
-    if same_value(left.text, right.text):
-        return "number" if exact(left.text) is not None and exact(right.text) is not None else "value"
-    kinds = [dict(side.unit or ()).keys() - {"size"} for side in (left, right)]
-    if kinds[0] ^ kinds[1] == {"degrees"} and r"\pi" in left.text + right.text:
-        turned = [rf"({side.text})\cdot\frac{{\pi}}{{180}}" if "degrees" in kind else side.text
-                  for side, kind in zip((left, right), kinds, strict=True)]
-        return named("degrees", same_value(*turned))
-    return ""
-
-
-def _words(g: Shape, p: Shape) -> str:
-    if g.text == p.text or any({g.text, p.text} <= saying for saying in SAYINGS):
-        return "words"
-    return ""
-
-
 def _ratios(g: Shape, p: Shape) -> str:
     if len(g.parts) != len(p.parts):
         return ""
@@ -279,18 +250,9 @@ def _unions(g: Shape, p: Shape) -> str:
     return _all_equal(g.parts, p.parts) if g.text == p.text else ""
 
 
-def _exactly(g: Shape, p: Shape) -> str:
-    return g.kind if g.text == p.text else ""
-
-
-def _times(g: Shape, p: Shape) -> str:
-    """An hour that one side alone says is of the morning is the same hour."""
-    return "time" if g.text == p.text or p.text in g.text.split() or g.text in p.text.split() else ""
-
-
 def _matrices(g: Shape, p: Shape) -> str:
     return _all_equal(g.parts, p.parts) and "matrix" if g.text == p.text else ""
 
 
-SAME_KIND = {"value": _values, "words": _words, "list": _unordered, "set": _unordered, "group": _groups,
-             "union": _unions, "matrix": _matrices, "ratio": _ratios, "time": _times, "based": _exactly}
+SAME_KIND = {"value": same_values, "words": same_words, "list": _unordered, "set": _unordered, "group": _groups,
+             "union": _unions, "matrix": _matrices, "ratio": _ratios, "time": same_times, "based": same_exactly}

@@ -25,8 +25,8 @@ CONFIG = NormalizationConfig(basic_latex=True, units=False, malformed_operators=
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
 SEVERAL = re.compile(r"\\(?:max|min|gcd|lcm)|operatorname|[a-zA-Z]\(")
 PRIMES = re.compile(r"(?<=[a-zA-Z)}])'+")
-# The grammar drops a base, and takes (a)_b for a number of permutations.
-DROPPED = re.compile(r"(?<![\^\d])\d+\s*_|\)\s*_")
+# The grammar drops a base, dots and quotes, multiplies 1 2, and takes (a)_b for a number of permutations.
+DROPPED = re.compile(r"(?<![\^\d])\d+\s*_|\)\s*_|\d\s+\d|\\ldots|['\"]")
 CONSTANTS = {"e": sympy.E, "i": sympy.I}
 
 
@@ -88,7 +88,7 @@ def _meant(text: str) -> str:
         text = text.replace(r"^\circ", r"\cdot\frac{\pi}{180}")
     if not SEVERAL.search(text):
         text = THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
-    text = text.replace(r"^\circ", "").replace(r"\$", "").replace("$", "")
+    text = text.replace(r"^\circ", "").replace(r"\$", " ").replace("$", " ")
     text = re.sub(r"\\text\s*\{\s*\}", " ", text)
     return PRIMES.sub(lambda found: "^{" + r"\prime " * len(found.group()) + "}", text).strip()
 

@@ -213,9 +213,9 @@ def is_prose(text: str) -> bool:
     words = [word.lower() for word in WORD.findall(outside)]
     if any(word in OF_PROSE for word in words) and len(words) > 1:
         return True
-    if LABEL.search(TEXT.sub(" ", text)) or len(BEFORE.findall(outside.lower())) > 0:
-        return True
     others = [word for word in words if word not in OF_FORMULAS]
+    if LABEL.search(TEXT.sub(" ", text)) or (others and BEFORE.search(outside.lower())):
+        return True
     sentence = re.search(r"[a-z]{2}[.!?]\s+\S", outside)
     return len(others) > 6 or (sentence is not None and len(others) > 2)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-from bridgelm.verify.equal import equal, skeleton
+from bridgelm.verify.equal import equal
 from bridgelm.verify.expression import TooBig, Unreadable
 from bridgelm.verify.extract import balanced
+from bridgelm.verify.leaves import skeleton
 from bridgelm.verify.shape import LABELLED, Shape, readings
 
 
@@ -34,6 +35,8 @@ def labelled(gold: str, prediction: str) -> list[Shape]:
     if not (found := LABELLED.fullmatch(prediction)):
         return []
     letter = found.group(1) or found.group(2)
+    if re.search(r"(?<![a-z])(?:and|or|not)(?![a-z])|\([A-J]\)|^\W*,", found.group(3)):
+        return []  # more than one choice
     if re.fullmatch(r"\W*(?:\\text)?\W*[A-J]\W*", gold):
         return [Shape("words", letter)]
     return readings(found.group(3).strip().removesuffix("}") if not balanced(found.group(3)) else found.group(3), False)

@@ -32,9 +32,6 @@ class MathJudge:
     def last_error(self) -> str:
         return self._pool.last_error
 
-    def start(self) -> None:
-        self._pool.start()
-
     def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
         return [found.verdict for found in self.decide([problem.answer or "" for problem in problems], texts)]
 

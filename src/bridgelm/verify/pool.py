@@ -157,20 +157,6 @@ class Pool:
         self._closed = False
         weakref.finalize(self, _kill_all, self._alive)
 
-    def start(self) -> None:
-        """Starts all workers now, in the background: their imports take seconds."""
-        def one() -> None:
-            worker = self._idle.get()
-            try:
-                if worker is None and not self._closed:
-                    with contextlib.suppress(UserError, AssertionError):  # told with the first task
-                        worker = self._start()
-            finally:
-                self._idle.put(worker)
-
-        for _ in range(self.size):
-            threading.Thread(target=one, daemon=True).start()
-
     def run(self, tasks: Sequence[dict[str, str]]) -> list[Outcome]:
         assert not self._closed, "the pool is closed"
         keys = [json.dumps(task, sort_keys=True) for task in tasks]

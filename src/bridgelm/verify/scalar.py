@@ -24,9 +24,11 @@ DIGITS = 30
 MOST_DIGITS = 700
 MACHINE = 12  # significant digits
 AGREE = 4  # points at which two expressions must agree
+AGREE_IN_PIECES = 14  # where |x|, floors or remainders make them of several pieces
 TRIED = 30
 POINTS = [Fraction(p, q) for p, q in [(37, 23), (71, 31), (113, 29), (19, 41), (7, 53), (227, 61), (3, 47), (433, 67),
                                       (29, 17), (101, 13), (11, 73), (59, 43)]]
+SCALES = [Fraction(1, 97), Fraction(4, 3), Fraction(53), Fraction(1, 7), Fraction(2, 3), Fraction(9), Fraction(1)]
 
 
 def same_value(left: str, right: str) -> bool:
@@ -156,12 +158,13 @@ def _is_number(value: Any) -> bool:
 def _agree(a: Any, b: Any, digits: int) -> bool:
     """At several points of the domain; where there is none on the real line, at points off it."""
     seen = 0
+    pieces = any(side.has(sympy.Abs, sympy.floor, sympy.ceiling, sympy.Mod, sympy.Max, sympy.Min) for side in (a, b))
     for at in _points(a, b):
         verdict = _close(a, b, at, digits)
         if verdict is False:
             return False
         seen += verdict is True
-        if seen == AGREE:
+        if seen == (AGREE_IN_PIECES if pieces else AGREE):
             return True
     return False
 
@@ -174,7 +177,7 @@ def _points(a: Any, b: Any) -> Iterator[dict[Any, Any]]:
     for i in range(TRIED):
         at = {}
         for j, symbol in enumerate(symbols):
-            value = POINTS[(i * 5 + j * 3) % len(POINTS)] * (1 if i < 2 else Fraction(i % 7 + 1, 3))
+            value = POINTS[(i * 5 + j * 3) % len(POINTS)] * (1 if i < 2 else SCALES[(i + 3 * j) % len(SCALES)])
             sign = -1 if (i + j * (i // 2)) % 2 and symbol not in whole else 1
             number = (i + 2 * j) % 6 + 2 if symbol in whole else sign * value
             at[symbol] = sympy.Rational(number)
@@ -193,7 +196,7 @@ def _counted(expression: Any) -> set[Any]:
     for node in sympy.preorder_traversal(expression):
         if (isinstance(node, sympy.Pow) and node.base.is_negative) or isinstance(node, sympy.factorial):
             found |= node.args[-1].free_symbols
-        elif isinstance(node, sympy.binomial | sympy.Mod | sympy.Sum | sympy.Product):
+        elif isinstance(node, sympy.binomial | sympy.Sum | sympy.Product):
             found |= node.free_symbols
     return found
 

@@ -23,6 +23,8 @@ LABELLED = re.compile(r"(?:\\text\s*\{\s*)?(?:\(\s*([A-J])\s*\)|([A-J])\s*[.:)])
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:\\text\s*\{)?\s*([ap])?\.?\s?m?\.?\s*\}?", re.IGNORECASE)
 BASED = re.compile(r"([0-9A-Z]+)\s*_\s*\{?\s*(\d{1,2})\s*\}?|\(\s*([0-9A-Z]+)\s*\)\s*_\s*\{?\s*(\d{1,2})\s*\}?"
                    r"|\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_\s*\{?\s*(\d{1,2})\s*\}?")
+TRANSPOSED = re.compile(r"^([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{T\})\s*\}?$")
+COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 FACTOR = re.compile(r"(?<![\w.,/^{}])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-zA-Z(]|\\(?:pi|sqrt|ln|log|sin|cos|theta|alpha)))")
 DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)")
 NAME = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\{[^{}]*\}|[0-9a-zA-Z]))?(?:\^\{?\\prime\s*\}?|'+|\^\{?\\circ\}?)?"
@@ -57,7 +59,7 @@ def readings(text: str, gold: bool) -> list[Shape]:
 
 
 def read(text: str, gold: bool, thousands: bool = True, depth: int = 0) -> Shape:
-    text = _peeled(text)
+    text = TRANSPOSED.sub(r"\1", _peeled(text))
     if depth > 6:
         return Shape("value", text, quantity=Quantity(text))
     if special := _special(text):
@@ -105,6 +107,8 @@ def _special(text: str) -> Shape | None:
 
 def _words(text: str, gold: bool, depth: int) -> Shape | None:
     """An answer in words, letters or names."""
+    if (lower := TEXT.sub(r"\1", text).strip().lower()) in COUNTED:
+        return _value(str(COUNTED.index(lower)), gold)
     if TEXT.search(text) and not re.search(r"[^\s,.;:()'\"~-]", TEXT.sub("", text)):
         said = TEXT.sub(lambda m: m.group(1), text).strip()
         if re.search(r"\d", said):

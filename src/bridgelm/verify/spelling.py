@@ -47,7 +47,16 @@ KEPT_FONT = re.compile(r"\\(?:operatorname\*?|mathrm|mathbf|mathit|boldsymbol|bm
                        r"|exp|gcd|lcm|max|min|det|floor|ceil)"
                        r"\s*\}")
 LETTER_FONT = re.compile(r"\\(?:mathrm|mathit|mathbf|boldsymbol|bm|mathsf|mathnormal)\s*\{\s*([a-zA-Z])\s*\}")
+BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+BASE_WORDS = re.compile(r"(?<=[0-9A-F])\s*(?:\(|\\text\s*\{)?\s*\(?\s*(?:in\s+)?base[\s-]+"
+                        r"(\d{1,2}|" + "|".join(BASES) + r")\s*[)}]{0,2}"
+                        r"|_\s*\{?\s*\\text\s*\{\s*(" + "|".join(BASES) + r")\s*\}\s*\}?", re.IGNORECASE)
 PAIRS = [
+    (re.compile(r"(\\mathbb\{R\}|\\mathbb R)\s*\\\s*\{([^{}]*)\}"), r"\1\\setminus\\{\2\\}"),
+    (re.compile(r"all real (?:numbers|values)(?: of [a-z])? except(?: for)?\s*([^,;]+)$"),
+     r"\\mathbb{R}\\setminus\\{\1\\}"),
+    (re.compile(r"(\\log_\{[^{}]*\}|\\log_\d)(?=[0-9a-z\\])"), r"\1 "),
+    (BASE_WORDS, lambda m: _base(m[1] or m[2])),
     (re.compile(r"(?<!\\)\$([^$]+?)(?<!\\)\$(?!\d)"), r" \1 "),  # $125$ miles
     (re.compile(r"(?<!\\)\\[\[\]()]"), " "),
     (re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)"), lambda m: m.group().replace(" ", ",")),  # 1 000
@@ -85,7 +94,8 @@ PLAIN = [
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*(?=[({0-9a-zA-Z\\])"), r"\\sqrt"),
     (re.compile(r"(?<![\\a-zA-Z])cbrt\s*(?=[({])"), r"\\sqrt[3]"),
     (re.compile(r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|gamma|lambda|omega|phi)(?![a-zA-Z])"), r"\\\1 "),
-    (re.compile(r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log)(?=\s*[(^_0-9\\ ])"), r"\\\1"),
+    (re.compile(r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp)"
+                r"(?=\s*[(^_0-9\\ ])"), r"\\\1"),
     (re.compile(r"<=|=<"), r"\\le "), (re.compile(r">="), r"\\ge "), (re.compile(r"!="), r"\\ne "),
     (re.compile(r"\+\s?/\s?-|\+-(?=\s*[0-9\\])"), r"\\pm "), (re.compile(r"\*\*"), "^"),
     (re.compile(r"\s*\*\s*"), r"\\cdot "), (re.compile(r"(?<=[)\]])\s*[Uu]\s*(?=[(\[])"), r"\\cup "),
@@ -110,6 +120,10 @@ def spell(text: str) -> str:
     parts = re.split(r"(\\text\{[^{}]*\})", text)  # what is said in words stays as it is
     parts[::2] = [_plain(part) for part in parts[::2]]
     return braced(unwrap("".join(parts)))
+
+
+def _base(word: str) -> str:
+    return f"_{{{BASES.index(word.lower()) + 2 if word.isalpha() else word}}}"
 
 
 def _plain(text: str) -> str:
