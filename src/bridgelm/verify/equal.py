@@ -128,7 +128,7 @@ def _mixed(g: Shape, p: Shape) -> str:
     kinds = (g.kind, p.kind)
     if kinds == ("set", "list") or kinds == ("list", "set"):
         return _unordered(g, p) and "set"
-    if kinds == ("group", "list"):  # a bare list in the order of the tuple
+    if kinds == ("group", "list") and (g.text == "()" or len(g.parts) > 2):  # a bare list in the tuple's order
         return _all_equal(g.parts, p.parts) and "tuple"
     apart = _all_named(g.parts) and _distinct(g.parts, g.parts)
     if kinds == ("list", "group") and g.text != "pm" and (apart or not _like_interval(p)):

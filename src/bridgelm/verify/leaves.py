@@ -22,7 +22,7 @@ def skeleton(text: str) -> str:
     """Without what never counts: blanks (but those between digits or words), and TeX that says "this is text"."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"_\{(\w)\}", r"_\1", text))
-    return re.sub(r"(?<=[^\w])\s+|\s+(?=[^\w])", "", text.strip()).strip(" .")
+    return re.sub(r"(?<=[^\w])\s+|\s+(?=[^\w])", "", text.strip()).strip().rstrip(" .")
 
 
 def same_saying(g: Shape, p: Shape) -> str:
