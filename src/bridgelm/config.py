@@ -151,7 +151,7 @@ class RunConfig(Strict):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
         refuses = next((part for part in parts(self.method) if part.no_refill), None)
         if self.rollout.refill and refuses is not None:
-            raise ValueError(f"rollout.refill: set it to 0 for method {getattr(refuses, 'name', '')!r}: "
+            raise ValueError(f"rollout.refill: set it to 0 for method {refuses.name!r}: "
                              f"{refuses.no_refill}")
         if isinstance(self.method, SequenceOptions):
             stage_steps(self.method, self.steps)

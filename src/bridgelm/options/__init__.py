@@ -3,7 +3,7 @@ beside them; `docs/methods.md` says more."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -94,7 +94,7 @@ class SequenceOptions(Strict):
 MethodOptions = SingleOptions | ShuffleR1Options | SequenceOptions
 
 
-def parts(method: Strict) -> list[Strict]:
+def parts(method: Any) -> list[Any]:
     """The plain methods that a run consists of: its own, those of its stages, or the one that it is wrapped round."""
     inner = [stage.method for stage in getattr(method, "stages", [])] or [getattr(method, "method", None)]
     return [part for one in inner if one is not None for part in parts(one)] or [method]
