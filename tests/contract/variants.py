@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import bridgelm.methods
 
 BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0, "probe_every": 2}
 LEAKY = {"name": "bridge_leaky", "rank": 2, "alpha": 4.0, "probe_every": 2, "agreement_decay": 0.5}
@@ -117,7 +120,12 @@ READINGS: dict[str, dict[str, Any]] = {
     "lspo, whole answers": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05, "ratio": "sequence",
                             "rl": {"kl_coef": 0.1}},
 }
-LORA = {f"{name}, low-rank theta": method for name, method in METHOD.items()} | {
+# Low-rank training is the policy's affair: it is run with the plain methods, and with those that have weights or
+# optimisers of their own beside theta.
+OWN = ("add_w(", "fork(", "shadow_setup(", "offset(", "absorb(", 'optimiser("theta_', "versus=")
+FOLDER = Path(bridgelm.methods.__file__).parent
+BESIDE = {name for name in METHOD if any(word in (FOLDER / f"{name}.py").read_text() for word in OWN)}
+LORA = {f"{name}, low-rank theta": METHOD[name] for name in sorted(BESIDE | {"sft", "grpo", "joint"})} | {
     "bridge exclusive, low-rank theta": READINGS["bridge exclusive"],
     "sft, bridge exclusive, grpo, low-rank theta": {"name": "sequence", "stages": [
         {"method": {"name": "sft"}, "steps": 1}, {"method": READINGS["bridge exclusive"], "steps": 1},
