@@ -193,7 +193,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "taper_by_the_ratio": Mutant(((".where(weight_BT < 0, 1.0) * logp_BT", " * logp_BT"),), "one_token", of="losses"),
     "taper_pushes_on": Mutant((("ratio.where(weight_BT < 0, 1.0) * logp_BT", "logp_BT"),), "one_token", of="losses"),
-    "taper_over_one": Mutant(((".clamp(max=0.0).exp()", ".exp()"),), "one_token", of="losses"),
+    "taper_over_one": Mutant((("- old_BT).clamp(max=0.0).exp()", "- old_BT).exp()"),), "one_token", of="losses"),
     "cap_from_below": Mutant(((".clamp(max=cap)", ".clamp(min=cap)"),), "one_token", of="losses"),
     "cap_ignored": Mutant(((".clamp(max=cap)", ""),), "one_token", of="losses"),
     "shadow_clipped": Mutant((('if self.options.ratio == "clip"', 'if self.options.ratio != "clip"'),), "one_token"),

@@ -140,7 +140,7 @@ class NoData:
 
 
 def roller(policy: Any) -> Any:
-    return SimpleNamespace(policy=policy, groups=lambda data: [], reference=lambda rows: rows)
+    return SimpleNamespace(policy=policy, groups=lambda data: [], reference=lambda rows: rows, teacher=None)
 
 
 def stages(*found: dict[str, Any], steps: int, **optim: Any) -> Any:

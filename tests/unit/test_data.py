@@ -355,13 +355,15 @@ def test_a_resumed_cursor_goes_on_exactly():
 
 def test_facts():
     splits = cursor_splits()
-    assert Data(splits, 0).facts() == {"demos", "val", "behaviour"}
+    assert Data(splits, 0).facts() == {"demos", "val", "behaviour", "labels"}
     own = Splits(splits.demos[:1] + splits.train, (), (), ())
-    assert Data(own, 0).facts() == {"demos", "paired_demos", "two_traces", "behaviour"}
+    assert Data(own, 0).facts() == {"demos", "paired_demos", "two_traces", "behaviour", "labels"}
     assert [d.text for _, d in Data(own, 0).demos(2)] in (["x", "y"], ["y", "x"])
     silent = Splits((Problem("p", (USER,), "5", (Demo("x"), Demo("y", (-1.0,)))),), (), (), ())
     assert "behaviour" not in Data(silent, 0).facts()  # one log-probability missing is one too many
-    assert Data(Splits(splits.train, (), (), ()), 0).facts() == frozenset()
+    assert Data(Splits(splits.train, (), (), ()), 0).facts() == {"labels"}
+    unlabelled = Problem("q", (USER,), None)
+    assert Data(Splits((*splits.train, unlabelled), (), (), ()), 0).facts() == frozenset()  # one answer missing
 
 
 # ---------------------------------------------------------------- real sets
