@@ -20,7 +20,7 @@ import numpy as np
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import ModelConfig, RunConfig
 from bridgelm.data import check_lengths, load_splits
-from bridgelm.engine import Engine, Request, Sampling
+from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model
 from bridgelm.metrics import clean, read_lines
@@ -148,11 +148,12 @@ def _some(author: Author, grader: Grader, problems: Sequence[Problem], start: in
           wanted: Wanted) -> list[dict[str, Any]]:
     """A line for each of some problems: the row to be written, if any, and counts."""
     repeated = [problem for problem in problems for _ in range(wanted.samples)]
-    engine = Engine(author.chat.eos_ids, author.chat.pad_id, author.chat.text, config.rollout.max_rows)
+    engine = NativeEngine(author.chat.eos_ids, author.chat.pad_id, author.chat.text, config.rollout.max_rows)
     limit = wanted.max_new_tokens or config.rollout.max_new_tokens
     requests = [Request(author.chat.prompt_ids(problem), (config.seed, SALT, start * wanted.samples + i))
                 for i, problem in enumerate(repeated)]
-    drawn = engine.generate(author.model, requests, Sampling(limit, wanted.temperature, tuple(config.rollout.stop)))
+    sampling = Sampling(limit, wanted.temperature, tuple(config.rollout.stop))
+    drawn = engine.generate(Origin(author.model), requests, sampling)
     grades = grader.grade(repeated, [author.chat.turn(completion.ids) for completion in drawn])
     failed = sum(grade.verdict is Verdict.ERROR for grade in grades)
     check_errors(failed, len(grades), config, "demonstrations", grader)

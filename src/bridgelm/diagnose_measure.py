@@ -12,7 +12,7 @@ from bridgelm.chat import load_chat
 from bridgelm.config import ModelConfig, RunConfig, load_config
 from bridgelm.data import check_lengths, load_splits
 from bridgelm.diagnose_facts import AFTERWARDS, History
-from bridgelm.engine import Engine
+from bridgelm.engine import NativeEngine
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model
@@ -51,7 +51,7 @@ def measure_saved(run: Run) -> Path:
             model = load_model(_named(config.model, there[step]))
             ledger = Ledger(sum(p.numel() for p in model.parameters()))
             policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed)
-            engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+            engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
             found = measure(policy, Roller(policy, engine, chat, grader, config), sample, config.diagnose.group,
                             _start(config, there[start]))
             name = Path(folder).name if (folder := there[step]) else "start"

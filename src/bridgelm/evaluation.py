@@ -15,7 +15,7 @@ from bridgelm.chat import Chat, load_chat, model_path
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import RunConfig, load_config
 from bridgelm.data import check_lengths, load_splits
-from bridgelm.engine import Engine, Request, Sampling
+from bridgelm.engine import Engine, NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model
 from bridgelm.rollout import Grader, check_errors
@@ -25,13 +25,13 @@ from bridgelm.verify import build_verifier
 SALT = 7_919  # keeps evaluation draws apart from rollout draws
 
 
-def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], config: RunConfig,
+def measure(origin: Origin, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], config: RunConfig,
             samples: int = 0) -> dict[str, Any]:
     """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out; too many of
     them are an error of their own."""
     limit, stop = config.eval.max_new_tokens or config.rollout.max_new_tokens, tuple(config.rollout.stop)
     requests = [Request(chat.prompt_ids(p)) for p in problems]
-    completions = engine.generate(model, requests, Sampling(limit, 0.0, stop))
+    completions = engine.generate(origin, requests, Sampling(limit, 0.0, stop))
     grades = _graded(grader, list(problems), [chat.turn(c.ids) for c in completions], config)
     valid = [i for i, grade in enumerate(grades) if grade.verdict is not Verdict.ERROR]
     right = {i: int(grades[i].verdict is Verdict.CORRECT) for i in valid}
@@ -49,7 +49,7 @@ def measure(model: Any, engine: Engine, chat: Chat, grader: Grader, problems: Se
         sampling = Sampling(limit, config.eval.temperature, stop)
         repeated = [problem for problem in problems for _ in range(samples)]
         requests = [Request(chat.prompt_ids(p), (config.seed, SALT, i)) for i, p in enumerate(repeated)]
-        texts = [chat.turn(c.ids) for c in engine.generate(model, requests, sampling)]
+        texts = [chat.turn(c.ids) for c in engine.generate(origin, requests, sampling)]
         out |= _sampled(_graded(grader, repeated, texts, config), samples)
     return out
 
@@ -110,9 +110,9 @@ def evaluate_run(path_or_model: str | Path, *, split: str = "test", samples: int
     if not problems:
         raise UserError(f"split {split!r}: the data has none; choose from train, validation, test, hard")
     model = load_model(opened)
-    engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
     with build_verifier(config.reward) as grader:
-        found = measure(model, engine, chat, grader, problems, config, samples)
+        found = measure(Origin(model), engine, chat, grader, problems, config, samples)
     return {"model": source, "split": split, **found}
 
 

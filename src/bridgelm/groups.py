@@ -61,3 +61,15 @@ def low_rank(shapes: Mapping[str, torch.Size], rank: int, alpha: float, dtype: t
 
 def trainable(groups: Iterable[Group]) -> set[str]:
     return {name for group in groups for name in (*group.full, *group.low)}
+
+
+def stacked(groups: Iterable[Group]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sum of low-rank terms as one term (A, B) a matrix, its rank the sum of theirs: [A1; A2] and [s1 B1, s2 B2].
+    The scales are in B."""
+    groups = list(groups)
+    out = {}
+    for name in dict.fromkeys(name for group in groups for name in group.low):
+        parts = [(a.detach(), group.scale * b.detach()) for group in groups if name in group.low
+                 for a, b in (group.low[name],)]
+        out[name] = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)
+    return out

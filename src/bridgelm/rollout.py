@@ -71,8 +71,8 @@ class Roller:
                             max(0, limit - len(prefix)))
                     for i, (prompt, prefix) in enumerate(zip(prompts, given, strict=True))]
         self.calls += 1
-        with self.policy.at(at) as model:
-            completions = self.engine.generate(model, requests, self.sampling, self.policy.ledger)
+        with self.policy.origin(at) as origin:
+            completions = self.engine.generate(origin, requests, self.sampling, self.policy.ledger)
         self.policy.ledger.rollouts += len(completions)
         answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
         rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)

@@ -19,7 +19,7 @@ from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
 from bridgelm.data import Data, check_lengths, load_splits
-from bridgelm.engine import Engine
+from bridgelm.engine import NativeEngine, Origin
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
 from bridgelm.ledger import Ledger
@@ -125,7 +125,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None)
-    engine = Engine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None
     if teacher is not None:
@@ -236,8 +236,8 @@ def probe(session: Session) -> None:
 
 def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
     roll = session.roll
-    with session.policy.at("live") as live:
-        return measure(live if model is None else model, roll.engine, session.chat, roll.grader, problems,
+    with session.policy.origin("live") as live:
+        return measure(live if model is None else Origin(model), roll.engine, session.chat, roll.grader, problems,
                        session.config, samples)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridgelm.engine import Origin
 from bridgelm.errors import UserError
 from bridgelm.grads import Gradient
-from bridgelm.groups import Group, low_rank
+from bridgelm.groups import Group, low_rank, stacked
 
 
 class Weights:
@@ -32,6 +33,7 @@ class Weights:
         self.frozen: dict[str, Tensor] = {}
         self.groups: dict[str, Group] = {}
         self.removable = False  # whether w is a guide: the live model goes without it
+        self._rebuilt = 0  # how often the live weights were
         self._drifted = False  # whether frozen weights differ from those that the model was loaded with
         if lora:
             self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
@@ -132,12 +134,20 @@ class Weights:
         if self._stale:
             for name, weight in self.weights("live").items():
                 self.params[name].data = weight
-            self._stale = False
+            self._stale, self._rebuilt = False, self._rebuilt + 1
         if point == "live":
             yield self.model
             return
         with self.holding(self.weights(point)) as model:
             yield model
+
+    @contextmanager
+    def origin(self, point: str = "live") -> Iterator[Origin]:
+        """The weights of a point to draw from, for the length of the block."""
+        with self.at(point) as model:
+            version = (id(self), self._rebuilt) if point == "live" else None
+            low = stacked((self._theta(point), self._w(point))) if self.lora and not self._drifted else None
+            yield Origin(model, version, low)
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:

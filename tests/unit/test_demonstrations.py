@@ -22,7 +22,7 @@ from bridgelm.data import Data, check_lengths, load_splits
 from bridgelm.data_schema import to_problem
 from bridgelm.data_sources import Source
 from bridgelm.demonstrations import Wanted, write_demos
-from bridgelm.engine import Engine
+from bridgelm.engine import NativeEngine
 from bridgelm.errors import UserError
 from bridgelm.types import Completion, Problem
 
@@ -34,13 +34,13 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "toy"
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Completion]:
     """Every sample that the engine drew."""
     seen: list[Completion] = []
-    generate = Engine.generate
+    generate = NativeEngine.generate
 
     def spy(*args: Any, **kwargs: Any) -> list[Completion]:
         found = generate(*args, **kwargs)
         seen.extend(found)
         return found
-    monkeypatch.setattr(Engine, "generate", spy)
+    monkeypatch.setattr(NativeEngine, "generate", spy)
     return seen
 
 

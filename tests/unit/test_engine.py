@@ -13,7 +13,7 @@ import torch
 from bridgelm import batching, forward
 from bridgelm.chat import load_chat
 from bridgelm.config import ModelConfig
-from bridgelm.engine import Engine, Request, Sampling, decoders, native
+from bridgelm.engine import NativeEngine, Origin, Request, Sampling, decoders, native
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model
 from bridgelm.types import Completion, Problem, Row
@@ -42,8 +42,8 @@ def load(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) ->
     return model
 
 
-def engine(eos: set[int] = {1}, max_rows: int = 64) -> Engine:  # noqa: B006
-    return Engine(frozenset(eos), 0, lambda ids: " ".join(map(str, ids)), max_rows)
+def engine(eos: set[int] = {1}, max_rows: int = 64) -> NativeEngine:  # noqa: B006
+    return NativeEngine(frozenset(eos), 0, lambda ids: " ".join(map(str, ids)), max_rows)
 
 
 def requests(prompts: list[list[int]] = PROMPTS, seed: int = 5) -> list[Request]:
@@ -77,7 +77,7 @@ def test_which_models_take_the_fast_path(load: Load) -> None:
 def test_logps_are_the_policys(load: Load, kind: str, dtype: str, tolerance: float, temperature: float) -> None:
     model = load(kind, dtype)
     asked = requests()
-    found = engine().generate(model, asked, Sampling(12, temperature))
+    found = engine().generate(Origin(model), asked, Sampling(12, temperature))
     assert {len(c.ids) for c in found} != {12}, "some rows must end early, so that rows are dropped"
     for request, completion in zip(asked, found, strict=True):
         raw = policy_logps(model, request.prompt, completion)
@@ -92,7 +92,7 @@ def test_logps_are_the_policys(load: Load, kind: str, dtype: str, tolerance: flo
 def test_greedy_tokens_are_those_of_generate(load: Load, kind: str) -> None:
     model = load(kind)
     asked = requests()
-    found = engine().generate(model, asked, Sampling(20, 0.0))
+    found = engine().generate(Origin(model), asked, Sampling(20, 0.0))
     for request, completion in zip(asked, found, strict=True):
         prompt = torch.tensor(request.prompt)[None]
         with torch.no_grad():
@@ -104,13 +104,13 @@ def test_greedy_tokens_are_those_of_generate(load: Load, kind: str) -> None:
 @pytest.mark.parametrize("kind", [*FAST, *OTHER])
 def test_a_request_is_independent_of_its_batch(load: Load, kind: str) -> None:
     model, asked = load(kind), requests()
-    together = engine().generate(model, asked, Sampling(16))
+    together = engine().generate(Origin(model), asked, Sampling(16))
     lengths = [len(c.ids) for c in together]
     assert len(set(lengths)) > 2, lengths
-    others = {"alone": [engine().generate(model, [r], Sampling(16))[0] for r in asked],
-              "reversed": engine().generate(model, asked[::-1], Sampling(16))[::-1],
-              "in batches of two": engine(max_rows=2).generate(model, asked, Sampling(16)),
-              "among many": engine().generate(model, [*requests(seed=9), *asked], Sampling(16))[len(asked):]}
+    others = {"alone": [engine().generate(Origin(model), [r], Sampling(16))[0] for r in asked],
+              "reversed": engine().generate(Origin(model), asked[::-1], Sampling(16))[::-1],
+              "in batches of two": engine(max_rows=2).generate(Origin(model), asked, Sampling(16)),
+              "among many": engine().generate(Origin(model), [*requests(seed=9), *asked], Sampling(16))[len(asked):]}
     for name, found in others.items():
         for mine, theirs in zip(together, found, strict=True):
             assert mine.ids.tolist() == theirs.ids.tolist(), name
@@ -123,10 +123,10 @@ def test_rows_are_dropped_when_they_finish(load: Load, monkeypatch: pytest.Monke
     widths: list[int] = []
     step = decoders.FastDecoder.step
     monkeypatch.setattr(decoders.FastDecoder, "step", lambda self, t: (widths.append(len(t)), step(self, t))[1])
-    dropped = engine().generate(model, asked, Sampling(30))
+    dropped = engine().generate(Origin(model), asked, Sampling(30))
     assert widths[-1] < widths[0]
     monkeypatch.setattr(native, "KEEP", 0.0)  # never drop any
-    kept = engine().generate(model, asked, Sampling(30))
+    kept = engine().generate(Origin(model), asked, Sampling(30))
     assert [c.ids.tolist() for c in dropped] == [c.ids.tolist() for c in kept]
     assert [c.finished for c in dropped] == [c.ids[-1] == 1 for c in dropped]
 
@@ -136,7 +136,7 @@ def test_a_shared_prompt_is_read_once(load: Load, monkeypatch: pytest.MonkeyPatc
     prefill = decoders.FastDecoder.prefill
     monkeypatch.setattr(decoders.FastDecoder, "prefill",
                         lambda self, ids, pad: (sizes.append(tuple(ids.shape)), prefill(self, ids, pad))[1])
-    found = engine().generate(model, requests([PROMPTS[0]] * 5 + [PROMPTS[1]] * 5), Sampling(3), ledger)
+    found = engine().generate(Origin(model), requests([PROMPTS[0]] * 5 + [PROMPTS[1]] * 5), Sampling(3), ledger)
     assert sizes == [(2, 7)]
     assert ledger.generate == 4 + 7 + sum(len(c.ids) for c in found)
 
@@ -146,7 +146,7 @@ def test_seeds(load: Load) -> None:
 
     def draw(*seeds: tuple[int, ...]) -> list[list[int]]:
         asked = [Request(np.array(PROMPTS[0]), seed) for seed in seeds]
-        return [c.ids.tolist() for c in engine().generate(model, asked, Sampling(8))]
+        return [c.ids.tolist() for c in engine().generate(Origin(model), asked, Sampling(8))]
     one, other, again = draw((1, 2), (1, 3), (1, 2))
     assert one == again != other
     assert draw((1, 2)) == [one]
@@ -155,32 +155,32 @@ def test_seeds(load: Load) -> None:
 
 def test_limits_and_ends(load: Load) -> None:
     model, asked = load("qwen2"), requests()
-    free = engine(set()).generate(model, asked, Sampling(9))
+    free = engine(set()).generate(Origin(model), asked, Sampling(9))
     assert all(len(c.ids) == 9 and not c.finished for c in free)
     tokens = {int(c.ids[3]) for c in free}
-    found = engine(tokens).generate(model, asked, Sampling(9))
+    found = engine(tokens).generate(Origin(model), asked, Sampling(9))
     for whole, cut in zip(free, found, strict=True):
         first = next(i for i, token in enumerate(whole.ids) if int(token) in tokens)
         assert cut.ids.tolist() == whole.ids[:first + 1].tolist()  # the end token is part of the answer
         assert cut.finished
-    one = engine().generate(model, asked, Sampling(1))
+    one = engine().generate(Origin(model), asked, Sampling(1))
     assert [c.ids.tolist() for c in one] == [c.ids[:1].tolist() for c in free]
-    assert engine().generate(model, [], Sampling(4)) == []
+    assert engine().generate(Origin(model), [], Sampling(4)) == []
 
 
 def test_an_end_at_the_limit_counts_as_finished(load: Load) -> None:
     model, asked = load("qwen2"), requests()
-    free = engine(set()).generate(model, asked, Sampling(4))
+    free = engine(set()).generate(Origin(model), asked, Sampling(4))
     last = {int(c.ids[3]) for c in free}
-    assert all(c.finished for c in engine(last).generate(model, asked, Sampling(4)))
+    assert all(c.finished for c in engine(last).generate(Origin(model), asked, Sampling(4)))
 
 
 def test_stop_strings(load: Load) -> None:
     model, asked = load("qwen2"), requests()
-    free = engine(set()).generate(model, asked, Sampling(12))
+    free = engine(set()).generate(Origin(model), asked, Sampling(12))
     ids = free[1].ids.tolist()
     stop = f"{ids[4]} {ids[5]}"  # over two tokens
-    found = engine(set()).generate(model, asked, Sampling(12, stop=(stop, "never")))
+    found = engine(set()).generate(Origin(model), asked, Sampling(12, stop=(stop, "never")))
     text = " ".join(map(str, ids))
     assert " ".join(map(str, found[1].ids)) == text[:text.index(stop) + len(stop)]
     assert found[1].finished
@@ -190,7 +190,7 @@ def test_stop_strings(load: Load) -> None:
 
 def test_a_stop_string_of_many_small_tokens() -> None:
     """A character may take four tokens (bytes), so the tail that is searched counts bytes."""
-    made = Engine(frozenset(), 0, lambda ids: bytes(int(i) for i in ids).decode(errors="ignore"))
+    made = NativeEngine(frozenset(), 0, lambda ids: bytes(int(i) for i in ids).decode(errors="ignore"))
     writer = native._Writer()
     stop = "🙂" * 12
     for byte in stop.encode():
@@ -204,7 +204,7 @@ def test_samples_have_the_exact_distribution(load: Load, temperature: float) -> 
     from scipy.stats import chisquare
 
     model, n = load("qwen2"), 4000
-    found = engine(set()).generate(model, [Request(np.array(PROMPTS[0]), (7, i)) for i in range(n)],
+    found = engine(set()).generate(Origin(model), [Request(np.array(PROMPTS[0]), (7, i)) for i in range(n)],
                                    Sampling(2, temperature))
     exact = exact_logp(model, PROMPTS[0], temperature).exp().numpy()
     def pvalue(tokens: list[int], probability: np.ndarray) -> float:
@@ -259,7 +259,7 @@ def test_other_families_through_their_own_forward(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **FAMILIES[kind])).eval()
     assert isinstance(decoders.make_decoder(model, 4), decoders.ModelDecoder)
     asked = requests()
-    found = engine().generate(model, asked, Sampling(10))
+    found = engine().generate(Origin(model), asked, Sampling(10))
     for request, completion in zip(asked, found, strict=True):
         np.testing.assert_allclose(completion.raw_logps, policy_logps(model, request.prompt, completion), atol=1e-4)
 
@@ -269,7 +269,7 @@ def test_logits_that_are_not_finite_stop_the_engine(load: Load) -> None:
     with torch.no_grad():
         model.base_model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
-        engine().generate(model, requests(), Sampling(3))
+        engine().generate(Origin(model), requests(), Sampling(3))
 
 
 def test_the_chats_end_tokens_reach_the_engine(tiny_folder: Callable[[], Path]) -> None:

@@ -420,3 +420,41 @@ def test_state_goes_through_tensors_and_back(policy: MakePolicy, lora: Any, excl
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[n]) for n, t in mine.items())
     assert all(torch.equal(logits(one, at), logits(two, at)) for at in ("live", "shadow", "reference"))
+
+
+def test_origins_of_equal_weights_have_equal_versions(policy: MakePolicy) -> None:
+    made = policy()
+    made.fork("shadow")
+    made.optimiser("theta")
+    made.optimiser("shadow")
+
+    def version(at: str = "live") -> Any:
+        with made.origin(at) as origin:
+            return origin.version
+    batch = make_batch(demos())
+    first = version()
+    assert first == version() is not None
+    assert version("shadow") is None
+    made.apply("shadow", made.grad(terms, batch, {"nll": 1.0}, at="shadow").theta)
+    assert version() == first, "no step of the live weights"
+    made.apply("theta", made.grad(terms, batch, {"nll": 1.0}).theta)
+    assert version() != first
+
+
+def test_an_origin_is_one_adapter_of_the_summed_rank(policy: MakePolicy) -> None:
+    made = policy(lora=(2, 4.0, "q_proj|down_proj"))
+    made.add_w(3, 9.0, "q_proj|o_proj")
+    made.fork("shadow")
+    shake(made, "theta", "w", "shadow")
+    for at in ("live", "shadow"):
+        with made.origin(at) as origin:
+            assert origin.adapter is not None
+            assert {a.shape[0] for a, _ in origin.adapter.values()} == {2, 3, 5}
+            for name, weight in made.params.items():
+                a, b = origin.adapter.get(name, (torch.zeros(0, 1), torch.zeros(1, 0)))
+                assert off(weight, made.frozen[name] + b @ a) < 1e-12, name
+    made.absorb()  # now the base is no more the one that was read from the folder
+    with made.origin() as origin:
+        assert origin.adapter is None
+    with policy().origin() as origin:
+        assert origin.adapter is None

@@ -7,13 +7,13 @@ its tokens do not depend on what else is in the batch (up to rounding).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bridgelm.engine.base import Origin, Request, Sampling
 from bridgelm.engine.decoders import Decoder, make_decoder
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
@@ -21,29 +21,16 @@ from bridgelm.types import Completion
 KEEP = 0.8  # rows are compacted when fewer than this share of them is still running
 
 
-@dataclass(frozen=True)
-class Request:
-    prompt: np.ndarray
-    seed: tuple[int, ...] = (0,)
-    room: int | None = None  # its own limit of new tokens, under the sampling's
+class NativeEngine:
+    exact = True
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature 0 is greedy. No top-p and no top-k: their truncated log-probs would not be the policy's."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    stop: tuple[str, ...] = ()
-
-
-class Engine:
     def __init__(self, eos_ids: frozenset[int], pad_id: int, text: Callable[[Any], str], max_rows: int = 512) -> None:
         self.eos_ids, self.pad_id, self.text, self.max_rows = eos_ids, pad_id, text, max_rows
 
     @torch.inference_mode()
-    def generate(self, model: Any, requests: Sequence[Request], sampling: Sampling,
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
                  ledger: Ledger | None = None) -> list[Completion]:
+        model = origin.model
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         done: dict[int, Completion] = {}
         training = model.training
@@ -56,6 +43,12 @@ class Engine:
         finally:
             model.train(training)
         return [done[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """It holds no weights of its own, and its caches are gone."""
+
+    def close(self) -> None:
+        pass
 
     def _decode(self, model: Any, requests: list[Request], sampling: Sampling,
                 ledger: Ledger | None) -> list[Completion]:

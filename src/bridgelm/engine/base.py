@@ -1,0 +1,53 @@
+"""What a rollout engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from bridgelm.ledger import Ledger
+from bridgelm.types import Completion
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: np.ndarray
+    seed: tuple[int, ...] = (0,)
+    room: int | None = None  # its own limit of new tokens, under the sampling's
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. No top-p and no top-k: their truncated log-probs would not be the policy's."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The weights to draw from: a model that holds them, merged, while the engine is at work."""
+
+    model: Any
+    version: tuple[int, int] | None = None  # equal for equal weights; None: unknown, an engine of its own copies them
+    adapter: Mapping[str, tuple[Tensor, Tensor]] | None = None  # (A, B) that make them out of the model as it was read
+
+
+class Engine(Protocol):
+    exact: bool  # whether its log-probs are the trainer's own
+
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
+                 ledger: Ledger | None = None) -> list[Completion]:
+        """A completion a request, in order."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives its memory to the trainer; it wakes by itself when it is asked for completions."""
+        ...
+
+    def close(self) -> None: ...
