@@ -136,6 +136,23 @@ class Chat:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return np.asarray(self._encode(self._typed_specials_apart(messages)), dtype=np.int64)
 
+    def plain_ids(self, before: str, typed: str, after: str) -> np.ndarray:
+        """Text without a template, as a base model goes on with it. `typed` is a user's: control tokens in it stay
+        text, and those of `before` and `after` are meant."""
+        pieces: list[tuple[str, bool]] = []
+        for text, apart in [(before, False), *self._pieces(typed), (after, False)]:
+            if not apart and pieces and not pieces[-1][1]:  # one piece: a word is not torn where they meet
+                pieces[-1] = (pieces[-1][0] + text, False)
+            else:
+                pieces.append((text, apart))
+        start = self.tokenizer.bos_token_id
+        opens = start is not None and self.tokenizer("x")["input_ids"][0] == start
+        return np.asarray([start] * opens + self._encode(pieces), dtype=np.int64)
+
+    def rendered(self, ids: Sequence[int] | np.ndarray) -> str:
+        """What the ids say, control tokens shown."""
+        return self.tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
+
     def demo_ids(self, problem: Problem, demo: Demo) -> tuple[np.ndarray, np.ndarray]:
         """Ids of prompt + demonstration + EOS, and the mask of the tokens that its author wrote (EOS among them)."""
         prompt = self.prompt_ids(problem)

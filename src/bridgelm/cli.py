@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bridgelm import __version__, cli_demos
+from bridgelm import __version__, cli_demos, cli_eval
 from bridgelm.errors import UserError
 
 EXAMPLES = """examples:
@@ -67,12 +67,8 @@ def _add_training(commands: Any) -> None:
     compare.add_argument("--out", type=Path, metavar="DIR", help="where runs and report go (default runs/compare-NAME)")
     compare.add_argument("--quiet", action="store_true", help="no progress display and no table")
 
-    evaluate = _command(commands, "eval", run_eval, "measure a run or a model on held-out problems")
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or a Hugging Face folder or hub name")
-    evaluate.add_argument("--config", type=Path, metavar="FILE", help="data and reward, for a model that is no run")
-    evaluate.add_argument("--split", choices=["test", "validation", "train", "hard"], default="test")
-    evaluate.add_argument("--samples", type=_count, default=0, metavar="K", help="also avg@k and pass@k from K samples")
-    _takes_which(evaluate)
+    evaluate = _command(commands, "eval", cli_eval.run, "measure runs or models on held-out problems or on benchmarks")
+    cli_eval.takes(evaluate, _count, _names)
 
     about = "sample demonstrations from the teacher, or from the model itself, and keep the right ones"
     cli_demos.takes(_command(commands, "demos", cli_demos.run, about), _count)
@@ -81,7 +77,6 @@ def _add_training(commands: Any) -> None:
     export.add_argument("run", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
     _takes_which(export)
-
 
     merge = _command(commands, "merge", run_merge, "average the weights of two runs or models into one model folder")
     merge.add_argument("one", metavar="RUN_OR_MODEL_A")
@@ -167,29 +162,6 @@ def run_train(args: argparse.Namespace) -> None:
 
         run = training.train(config, quiet=args.quiet)
     print(f"{run}\nnext: bridgelm report {run.path}   or   bridgelm export {run.path} OUT")
-
-
-def run_eval(args: argparse.Namespace) -> None:
-    import bridgelm
-
-    if args.config is not None and (Path(args.model) / "run.json").is_file():
-        raise UserError(f"eval: the run {args.model} has data and reward of its own; leave out --config")
-    result = bridgelm.evaluate(args.model, config=args.config, split=args.split, samples=args.samples, which=args.which)
-    print(format_result(result))
-
-
-def format_result(result: dict[str, Any]) -> str:
-    """Figures of one evaluation, a line each."""
-    low, high = result["interval"]
-    lines = [f"accuracy   {result['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f}, {result['n']} problems)"]
-    if "hard" in result:
-        lines.append(f"hard       {result['hard']['accuracy']:.3f}  ({result['hard']['n']} problems)")
-    if result.get("avg_k") is not None:
-        lines.append(f"avg@{result['k']:<6} {result['avg_k']:.3f}")
-    lines += [f"pass@{k:<5} {value:.3f}" for k, value in (result.get("pass_k") or {}).items()]
-    lines += [f"difficulty {key:<5} {accuracy:.3f}  ({n})" for key, (accuracy, n) in result["by_difficulty"].items()]
-    lines.append(f"length     {result['length']:.1f} tokens, {result['truncated']:.1%} cut at the limit")
-    return "\n".join(lines)
 
 
 def run_compare(args: argparse.Namespace) -> None:

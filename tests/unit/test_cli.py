@@ -16,7 +16,8 @@ import pytest
 
 import bridgelm
 from bridgelm import methods_info, preflight
-from bridgelm.cli import format_result, main, parse
+from bridgelm.cli import main, parse
+from bridgelm.cli_eval import format_result
 from bridgelm.config import absolute, load_config, make_config
 from bridgelm.errors import UserError
 

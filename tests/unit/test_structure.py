@@ -38,12 +38,13 @@ FILES = sorted(SRC.rglob("*.py"))
 # A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
 LAYERS = [
     ["types", "errors", "options", "config"],
-    ["toy", "chat", "data", "data_*", "verify", "dist", "teacher_ids", "teacher_cache"],
+    ["toy", "chat", "prompts", "data", "data_*", "suites", "contamination", "verify", "dist", "teacher_ids",
+     "teacher_cache"],
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
     ["credit", "losses", "cooperation", "hints", "rollout"],
     ["methods"],
-    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "probe", "training",
-     "training_*", "demonstrations"],
+    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmark", "benchmark_*",
+     "probe", "training", "training_*", "demonstrations"],
     ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]

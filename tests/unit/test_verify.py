@@ -406,12 +406,12 @@ def test_real_golds_equal_themselves_and_not_their_neighbours():
     lines = (Path(SHARED or "") / "eval" / "math500.jsonl").read_text(encoding="utf-8").splitlines()
     golds = [json.loads(line)["answer"] for line in lines][::8]
     judge = MathJudge(2.0, workers=2)
-    same = judge.verdicts([task(gold) for gold in golds], [rf"So \boxed{{{gold}}}." for gold in golds])
-    others = judge.verdicts([task(gold) for gold in golds], [rf"\boxed{{{gold}}}" for gold in golds[1:] + golds[:1]])
+    same = judge.judged([task(gold) for gold in golds], [rf"So \boxed{{{gold}}}." for gold in golds])
+    others = judge.judged([task(gold) for gold in golds], [rf"\boxed{{{gold}}}" for gold in golds[1:] + golds[:1]])
     judge.close()
-    assert [gold for gold, verdict in zip(golds, same, strict=True) if verdict is not Verdict.CORRECT] == []
+    assert [gold for gold, found in zip(golds, same, strict=True) if found.verdict is not Verdict.CORRECT] == []
     shifted = zip(golds, golds[1:] + golds[:1], others, strict=True)
-    assert [(a, b) for a, b, verdict in shifted if verdict is Verdict.CORRECT and a != b] == []
+    assert [(a, b) for a, b, found in shifted if found.verdict is Verdict.CORRECT and a != b] == []
 
 
 def test_reward_files_may_hold_dataclasses_and_import_siblings(tmp_path):

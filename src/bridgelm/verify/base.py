@@ -15,6 +15,7 @@ from typing import Protocol
 
 from bridgelm.config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
+from bridgelm.verify.decision import Decision
 from bridgelm.verify.functions import RewardFunction, load_function
 from bridgelm.verify.grading import Task, build_judge
 
@@ -35,23 +36,24 @@ class Verifier(Protocol):
 
 
 class Judge(Protocol):
-    """A grader of answers alone: verdicts, no rewards."""
+    """A grader of answers alone: no rewards."""
 
     @property
     def counts(self) -> Counter[str]: ...
     @property
     def last_error(self) -> str: ...
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]: ...
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]: ...
     def close(self) -> None: ...
 
 
 def build_verifier(reward: RewardConfig) -> Verifier:
     """Workers start with the first answer; a function that cannot be loaded is a UserError now."""
     functions = [load_function(spec) for spec in reward.functions]
-    return Combined(_judge(reward), functions, reward.weights or [1.0] * len(functions))
+    return Combined(build_grader(reward), functions, reward.weights or [1.0] * len(functions))
 
 
-def _judge(reward: RewardConfig) -> Judge | None:
+def build_grader(reward: RewardConfig) -> Judge | None:
+    """The grader of answers alone, without reward functions."""
     if reward.verifier == "none":
         return None
     if reward.verifier == "toy":
@@ -74,7 +76,7 @@ class Combined:
         assert len(problems) == len(texts), "one problem for each text"
         if not problems:
             return []
-        verdicts = self._judge.verdicts(problems, texts) if self._judge else None
+        verdicts = [found.verdict for found in self._judge.judged(problems, texts)] if self._judge else None
         scores = [function(problems, texts) for function in self._functions]
         grades = [self._combine(verdicts[i] if verdicts else None, [s[i] for s in scores]) for i in range(len(texts))]
         self._count(grades)

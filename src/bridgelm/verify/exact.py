@@ -38,12 +38,12 @@ class ExactJudge:
         self.counts: Counter[str] = Counter()
         self.last_error = ""
 
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         found = self.decide([problem.answer or "" for problem in problems], texts)
         for problem, decision in zip(problems, found, strict=True):
             if decision.verdict is Verdict.ERROR:
                 self.last_error = f"problem {problem.id!r} has no answer to compare with"
-        return [decision.verdict for decision in found]
+        return found
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         return [self._decision(gold, text) for gold, text in zip(golds, texts, strict=True)]
@@ -80,8 +80,8 @@ class RegexJudge:
     def last_error(self) -> str:
         return self._pool.last_error
 
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return [found.verdict for found in self.decide([problem.answer or "" for problem in problems], texts)]
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
+        return self.decide([problem.answer or "" for problem in problems], texts)
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         found = [prediction(text) for text in texts]

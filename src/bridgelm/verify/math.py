@@ -32,8 +32,8 @@ class MathJudge:
     def last_error(self) -> str:
         return self._pool.last_error
 
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return [found.verdict for found in self.decide([problem.answer or "" for problem in problems], texts)]
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
+        return self.decide([problem.answer or "" for problem in problems], texts)
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         """A completion without an answer is wrong and needs no worker."""

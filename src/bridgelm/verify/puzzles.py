@@ -35,8 +35,8 @@ class PuzzleJudge:
         self.counts: Counter[str] = Counter()
         self.last_error = ""
 
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
-        return [found.verdict for found in self.decide([ground_truth(problem) for problem in problems], texts)]
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
+        return self.decide([ground_truth(problem) for problem in problems], texts)
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         return [self._decision(gold, text) for gold, text in zip(golds, texts, strict=True)]

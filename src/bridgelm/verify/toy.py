@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bridgelm.types import Problem, Verdict
+from bridgelm.verify.decision import Decision
 
 
 class ToyJudge:
@@ -13,10 +14,11 @@ class ToyJudge:
         self.counts: Counter[str] = Counter()
         self.last_error = ""
 
-    def verdicts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Verdict]:
+    def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         from bridgelm import toy
 
-        return [Verdict.CORRECT if toy.grade(p, t) else Verdict.WRONG for p, t in zip(problems, texts, strict=True)]
+        return [Decision(Verdict.CORRECT if toy.grade(problem, text) else Verdict.WRONG, text, "all of it", "replayed")
+                for problem, text in zip(problems, texts, strict=True)]
 
     def close(self) -> None:
         """Nothing to close."""
