@@ -102,9 +102,11 @@ def headline(result: Mapping[str, Any]) -> tuple[float | None, list[float]]:
 
 
 def bootstrap(strata: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean of the strata's means, items drawn anew within each."""
-    if not strata or not all(strata):
-        return [0.0, 1.0]
+    """95 % percentile interval of the mean of the strata's means, items drawn anew within each. Where all scores are
+    the same, drawing anew shows nothing: Wilson's interval of so many items."""
+    pooled = [value for values in strata for value in values]
+    if not pooled or min(pooled) == max(pooled):
+        return list(stats.wilson(sum(pooled), len(pooled)))
     rng = np.random.default_rng(seed)
     means = np.zeros(DRAWS)
     for values in strata:

@@ -101,6 +101,9 @@ def _add_reading(commands: Any) -> None:
     check.add_argument("file", type=Path, metavar="FILE")
     _takes_overrides(check)
     check.add_argument("--data", action="store_true", help="also read the data and the tokenizer")
+    check.add_argument("--suite", type=_names, metavar="A,B,...",
+                       help="with --data: look for items of these benchmarks among the training problems")
+    check.add_argument("--suite-folder", type=Path, metavar="DIR", help="local copies of them (default: from the hub)")
 
     from bridgelm import cli_grade
 
@@ -203,10 +206,14 @@ def run_check(args: argparse.Namespace) -> None:
 
     config = preflight.ready(load_config(args.file, args.overrides))
     print(f"{args.file}: nothing wrong found\n{preflight.summary(config)}")
+    if args.suite and not args.data:
+        raise UserError("check: --suite needs --data")
     if args.data:
+        from bridgelm import suites
         from bridgelm.cli_data import check_data
 
-        print(check_data(config))
+        chosen = suites.choose(args.suite or [])
+        print(check_data(config, [suites.load(name, suite, args.suite_folder) for name, suite in chosen.items()]))
 
 
 def run_methods(args: argparse.Namespace) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from bridgelm import methods_info
+from collections.abc import Sequence
+
+from bridgelm import contamination, methods_info
 from bridgelm.chat import load_chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data, check_lengths, load_splits, with_teacher
 from bridgelm.errors import UserError
+from bridgelm.suites import Items
 from bridgelm.teacher_ids import Reader
 
 
-def check_data(config: RunConfig) -> str:
-    """What was found, in a few lines."""
+def check_data(config: RunConfig, suites: Sequence[Items] = ()) -> str:
+    """What was found, in a few lines; with suites also which of their items are trained on."""
     chat = load_chat(config.model)
     splits = check_lengths(load_splits(config), chat, config)
     facts = with_teacher(Data(splits, config.seed).facts(), config)
@@ -28,4 +31,10 @@ def check_data(config: RunConfig) -> str:
         traces = [int(chat.demo_ids(p, demo)[1].sum()) for p in problems for demo in p.demos]
         line = f"  {role:<11}{len(problems)} problems, prompts of at most {prompt} tokens"
         lines.append(line + (f", {len(traces)} demonstrations of at most {max(traces)}" if traces else ""))
-    return "\n".join([*lines, *(f"  note: {note}" for note in splits.notes)])
+    lines += [f"  note: {note}" for note in splits.notes]
+    if suites:
+        given = [*splits.train, *splits.demos, *splits.validation]
+        given += () if config.data.test else splits.test  # held out of the file that was given for training
+        lines += ["benchmark items among the training problems, demonstrations and validation problems:",
+                  contamination.report(contamination.overlaps(given, suites))]
+    return "\n".join(lines)

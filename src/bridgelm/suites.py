@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from bridgelm.data_schema import to_problem
 from bridgelm.data_sources import Source, read
@@ -68,7 +68,7 @@ def builtin() -> dict[str, Suite]:
 def parse(path: Path) -> dict[str, Suite]:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {name: Suite.model_validate(record) for name, record in raw.items()}
+        return TypeAdapter(dict[str, Suite]).validate_python(raw)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"suites: {path}: cannot be read ({error})") from None
     except ValidationError as error:
