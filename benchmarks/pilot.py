@@ -2,13 +2,13 @@
 
     python benchmarks/pilot.py run PHASE [--methods ...]   trains what is missing of a phase; goes on where it stopped
     python benchmarks/pilot.py choose                      picks each method's setting from the tuning runs
-    python benchmarks/pilot.py table                       writes results/pilot/*.json and *.md from the rows
+    python benchmarks/pilot_tables.py                      writes tables and figures from the rows
 
 Phases: `tune` (every method has six settings, one tuning seed, three regimes, family hops; joint has more, for its
-envelope), `screen` (the chosen setting, fresh seeds, hops), `confirm` (named methods, fresh seeds, both families),
-`controls` (placebos and ablations on the seeds of `screen`), `improve` and `reconfirm` (what the logs suggested, on
-seeds of their own). One line a run in results/pilot/runs.jsonl, which is what is committed; a run that has its line is
-not trained again. Everything is predicted in docs/log.md before it is run.
+envelope), `screen` (the chosen setting, fresh seeds, hops), `controls` (placebos and ablations on the seeds of
+`screen`), `improve` (what the logs suggested, the same seeds), `confirm` (named methods, fresh seeds, --families).
+One line a run in results/pilot/runs.jsonl, which is what is committed; a run that has its line is not trained again.
+Everything is predicted in docs/log.md before it is run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,7 @@ FAMILIES = {
     "jugs": ["data.train=toy:jugs", "data.toy.train_size=1000", "data.toy.demo_size=400", "rollout.max_new_tokens=55"],
 }
 COMMON = ["eval.every=10", "eval.problems=400", "checkpoint_every=40", "log.samples=0"]
-SEEDS = {"tune": [100], "screen": range(5), "confirm": range(10, 25), "controls": range(5), "improve": range(5),
-         "reconfirm": range(30, 45)}
+SEEDS = {"tune": [100], "screen": range(5), "confirm": range(10, 25), "controls": range(5), "improve": range(5)}
 STEPS = 80  # with rollouts: what "equal rollouts" means
 
 Setting = dict[str, Any]
@@ -167,9 +167,9 @@ def job(phase: str, label: str, number: int, setting: Setting, regime: str, fami
     return Job(phase, label, number, regime, family, seed, RunConfig.model_validate(raw), digest)
 
 
-def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
+def plan(phase: str, methods: list[str] | None, runs: Path, families: Sequence[str] = ("hops",),
+         regimes: Sequence[str] | None = None) -> list[Job]:
     """Seeds outermost, then regimes: a phase that is stopped half way has whole blocks."""
-    families = ["hops", "jugs"] if phase in {"confirm", "reconfirm"} else ["hops"]
     if phase == "tune":
         grid = GRID | {"joint": GRID["joint"] + ENVELOPE}
         chosen = [(label, i, s) for label, settings in grid.items() for i, s in enumerate(settings)]
@@ -177,7 +177,8 @@ def plan(phase: str, methods: list[str] | None, runs: Path) -> list[Job]:
         chosen = [(label, 0, setting) for label, setting in settings_of(phase).items()]
     wanted = [entry for entry in chosen if methods is None or entry[0] in methods]
     return [job(phase, label, i, setting, regime, family, seed, runs) for seed in SEEDS[phase] for family in families
-            for label, i, setting in wanted for regime in (CONTROL_REGIMES if phase == "controls" else REGIMES)
+            for label, i, setting in wanted
+            for regime in (regimes or (CONTROL_REGIMES if phase == "controls" else REGIMES))
             if not (label in NO_DEMOS and regime == "misleading")]
 
 
@@ -191,10 +192,10 @@ def settings_of(phase: str) -> dict[str, Setting]:
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
-def run(phase: str, methods: list[str] | None, runs: Path, jobs: int) -> None:
+def run(planned: Sequence[Job], jobs: int) -> None:
     done = {row["key"] for row in rows()}
-    todo = [one for one in plan(phase, methods, runs) if one.key not in done]
-    print(f"{phase}: {len(todo)} runs to go", flush=True)
+    todo = [one for one in planned if one.key not in done]
+    print(f"{len(todo)} of {len(planned)} runs to go", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context) as pool, ROWS.open("a") as file:
@@ -280,6 +281,8 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "choose"])
     parser.add_argument("phase", nargs="?", choices=list(SEEDS))
     parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=["hops"])
+    parser.add_argument("--regimes", nargs="*", choices=list(REGIMES))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "pilot")
     args = parser.parse_args()
@@ -288,7 +291,7 @@ def main() -> None:
     elif args.phase is None:
         sys.exit("which phase?")
     else:
-        run(args.phase, args.methods, args.runs, args.jobs)
+        run(plan(args.phase, args.methods, args.runs, args.families, args.regimes), args.jobs)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ def test_corrections_touch_their_own_file_only_and_are_told(tmp_path: Path) -> N
     (["countdown"], r"no public source; .* --suite-folder")])
 def test_unknown_and_unreachable_suites(names: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        for name, one in suites.choose(names).items():
-            suites.load(name, one)
+        _ = [suites.load(name, one) for name, one in suites.choose(names).items()]
 
 
 def test_the_papers_five_in_order_and_own_suites_beside_ours(tmp_path: Path) -> None:
@@ -337,8 +336,8 @@ def test_published_numbers_stand_apart_and_are_called_so() -> None:
 
 # -- contamination -----------------------------------------------------------------------------------------------------
 
-LONG = ("A train leaves the old station at noon and travels north at sixty miles per hour for $3\\dfrac{1}{2}$ hours; find "
-        "$jx^{2}$.")
+LONG = ("A train leaves the old station at noon and travels north at sixty miles per hour for $3\\dfrac{1}{2}$ hours; "
+        "find $jx^{2}$.")
 
 
 @pytest.mark.parametrize(("trained", "same", "near"), [
@@ -346,7 +345,7 @@ LONG = ("A train leaves the old station at noon and travels north at sixty miles
     ("a Train leaves the old  station at noon and travels north at sixty miles per hour for $3 \\frac12$ hours; find "
      "$j x^2.$", 1, 0),
     (LONG.replace("find $jx^{2}$", "how far from home does it then stand"), 0, 1),
-    (LONG.replace("noon and travels", "dawn to go").replace("hours; find", "days; give"), 0, 0),  # no long stretch is left on either side of the change
+    (LONG.replace("noon and travels", "dawn to go").replace("hours; find", "days; give"), 0, 0),
     ("An unrelated problem about a triangle with three sides and one very long description of them all.", 0, 0)])
 def test_an_item_is_found_whatever_its_looks(trained: str, same: int, near: int) -> None:
     items = Items("s", (task(LONG, "item"), task("Short one", "short")), "here", "")
