@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from bridgelm.runs import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "RunConfig", "UserError", "__version__", "compare", "demos", "diagnose", "evaluate", "export",
-           "load_config", "merge", "report", "train"]
+__all__ = ["Run", "RunConfig", "UserError", "__version__", "benchmark", "compare", "demos", "diagnose", "evaluate",
+           "export", "load_config", "merge", "report", "train"]
 
 _HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
 
@@ -45,6 +45,25 @@ def evaluate(run_or_model: str | Path, *, config: RunConfig | Mapping[str, Any] 
 
     given = {} if config is None else {"config": _as_config(config)}
     return evaluate_run(run_or_model, split=split, samples=samples, which=which, **given)
+
+
+def benchmark(models: str | Path | Sequence[str | Path], suites: Sequence[str], out: str | Path | None = None, *,
+              suite_folder: str | Path | None = None, own_suites: str | Path | None = None,
+              label_fixes: str | Path | None = None, force: bool = False, **wanted: Any) -> dict[str, Any]:
+    """Runs or models on benchmarks, as `bridgelm eval --suite` does, with its options as arguments (samples=8,
+    prompt="simplerl", limit=50, ...). Returns what OUT/results.json holds; an interrupted one goes on there."""
+    import json
+
+    inner, error = import_module("bridgelm.benchmarks"), import_module("bridgelm.errors").UserError
+    names = [models] if isinstance(models, str | Path) else models
+    try:
+        asked = inner.Wanted(**wanted)
+    except TypeError as problem:
+        raise error(f"benchmark: {problem}") from None
+    paths = {"folder": suite_folder, "extra": own_suites, "fixes": label_fixes}
+    page = inner.run([str(name) for name in names], suites, Path(out) if out else None, asked, force=force,
+                     **{key: Path(path) for key, path in paths.items() if path})
+    return json.loads(page.with_name("results.json").read_text(encoding="utf-8"))
 
 
 def export(run: str | Path, out: str | Path, *, which: str = "final") -> Path:

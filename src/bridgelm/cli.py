@@ -109,6 +109,7 @@ def _add_reading(commands: Any) -> None:
 
     cli_grade.add_arguments(_command(commands, "grade", cli_grade.run, "grade answers against gold answers"))
     _command(commands, "methods", run_methods, "list the methods")
+    _command(commands, "suites", run_suites, "list the benchmarks")
     show = _command(commands, "show", run_show, "a method's equation, options, their sources, and its traps")
     show.add_argument("name", metavar="NAME")
     init = _command(commands, "init", run_init, "write a commented starter file for your own model and data")
@@ -220,6 +221,12 @@ def run_methods(args: argparse.Namespace) -> None:
     from bridgelm import methods_info
 
     print(methods_info.overview())
+
+
+def run_suites(args: argparse.Namespace) -> None:
+    from bridgelm import suites
+
+    print(suites.overview())
 
 
 def run_show(args: argparse.Namespace) -> None:

@@ -74,39 +74,20 @@ def _on_splits(args: argparse.Namespace) -> None:
 def _on_suites(args: argparse.Namespace) -> str:
     from bridgelm import suites
 
-    chosen = suites.choose(args.suite, args.suites)  # before torch is loaded
-    from bridgelm import benchmark, benchmark_tables
-    from bridgelm.metrics import write_json
+    suites.choose(args.suite, args.suites)  # a wrong name is told before torch is loaded
+    from bridgelm import benchmarks
 
-    wanted = benchmark.Wanted(args.prompt, args.samples, args.temperature, args.max_new_tokens, args.seed, args.limit,
+    wanted = benchmarks.Wanted(args.prompt, args.samples, args.temperature, args.max_new_tokens, args.seed, args.limit,
                               args.rows, args.dtype, args.which)
-    labels = _labels(args.models)
-    single = len(args.models) == 1 and (Path(args.models[0]) / "run.json").is_file()
-    root = args.out or (Path(args.models[0]) / "eval" if single else Path("eval"))
-    results = {}
-    for model, label in labels.items():
-        folder = root if single else root / label
-        results[label] = benchmark.evaluate(model, chosen, folder, wanted, args.suite_folder, args.label_fixes,
-                                            args.force, _say(label))
-    found = benchmark_tables.combined(results)
-    text = benchmark_tables.page(results, found)
-    write_json(root / "results.json", {"models": results, **found})
-    (root / "results.md").write_text(text, encoding="utf-8")
-    return text.partition("\n## How it was asked")[0] + f"\nresults: {root / 'results.md'}\n"
+    page = benchmarks.run(args.models, args.suite, args.out, wanted, folder=args.suite_folder, extra=args.suites,
+                         fixes=args.label_fixes, force=args.force, say=_say())
+    return page.read_text(encoding="utf-8").partition("\n## How it was asked")[0] + f"\nresults: {page}\n"
 
 
-def _labels(models: list[str]) -> dict[str, str]:
-    """A short name for each, which is also its folder's."""
-    labels = {model: model.rstrip("/").replace("toy:", "toy-").split("/")[-1] for model in models}
-    if len(labels) < len(models) or len({*labels.values()}) < len(labels):
-        raise UserError("eval: two of the models have the same name; evaluate them one by one, each with its own --out")
-    return labels
-
-
-def _say(label: str) -> Callable[[str], None]:
+def _say() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
-    return lambda text: print(f"\r\033[K{label}: {text}", end="", file=sys.stderr, flush=True)
+    return lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def format_result(result: dict[str, Any]) -> str:

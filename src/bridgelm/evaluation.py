@@ -99,8 +99,8 @@ def evaluate_run(path_or_model: str | Path, *, split: str = "test", samples: int
         config = load_config(path / "config.json")
         source = str(model_folder(path, which))
     elif config is None:
-        raise UserError(f"{path_or_model}: not a run folder; to measure a model give a TOML file with its data, reward "
-                        "and rollout settings: `bridgelm eval MODEL --config FILE.toml`")
+        raise UserError(f"{path_or_model}: not a run folder; to measure a model name a benchmark, `--suite NAME`, or "
+                        "give a TOML file with data, reward and rollout settings, `--config FILE.toml`")
     else:
         source = model_path(str(path_or_model))
     opened = config.model.model_copy(update={"name_or_path": source, "revision": None})

@@ -88,6 +88,13 @@ def choose(names: Sequence[str], extra: Path | None = None) -> dict[str, Suite]:
     return found
 
 
+def overview() -> str:
+    """A line for each suite and each group."""
+    lines = [f"{name:<15}{'/'.join(map(str, one.items)):>8} items  {one.prompt:<6} {one.verifier:<10} "
+             f"{one.source or f'--suite-folder with {one.file}'}" for name, one in builtin().items()]
+    return "\n".join([*lines, *(f"{name:<15}= {', '.join(members)}" for name, members in GROUPS.items())])
+
+
 def load(name: str, suite: Suite, folder: Path | None = None, fixes: Path | None = None) -> Items:
     """The items, from `folder` if there is one, else from the record's source; their number is checked."""
     source, problems = _toy(suite) if (suite.source or "").startswith("toy:") else _read(name, suite, folder)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridgelm import benchmark, benchmark_scores, benchmark_tables, contamination, stats, suites
-from bridgelm.benchmark import Wanted
+from bridgelm import benchmark_scores, benchmark_tables, benchmarks, contamination, stats, suites
+from bridgelm.benchmarks import Wanted
 from bridgelm.chat import Chat
 from bridgelm.cli import main
 from bridgelm.errors import UserError
@@ -92,6 +92,13 @@ def test_the_papers_five_in_order_and_own_suites_beside_ours(tmp_path: Path) -> 
         suites.choose(["mine"], own)
 
 
+def test_the_list_names_every_suite_and_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["suites"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*suites.builtin(), "paper"]
+    assert lines[-1].endswith("= math500, minerva, olympiadbench, aime24, amc23")
+
+
 @real
 def test_every_real_suite_has_its_published_items_and_gradable_answers() -> None:
     for name, one in suites.builtin().items():
@@ -120,6 +127,8 @@ def test_a_plain_prompt_is_what_the_tokenizer_makes_of_the_whole_text() -> None:
     text = formats()["simplerl"].text.replace("{problem}", "What is 2 + 3?")
     assert formats()["simplerl"].ids(Chat(tokenizer), task("What is 2 + 3?")).tolist() == tokenizer(text)["input_ids"]
     assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id
+    torn = PromptFormat(style="plain", text="The an{problem}.")  # a word that goes on in the problem stays one token
+    assert torn.ids(Chat(tokenizer), task("swer is 5")).tolist() == tokenizer("The answer is 5.")["input_ids"]
 
 
 def test_shots_stand_before_the_problem_in_either_style() -> None:
@@ -162,7 +171,7 @@ def sums_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def evaluate(sums_folder: Path, tiny_folder: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     def call(out: str, force: bool = False, **wanted: Any) -> dict[str, Any]:
-        return benchmark.evaluate(str(tiny_folder()), {"sums": suite(samples=3)}, sums_folder / out,
+        return benchmarks.evaluate(str(tiny_folder()), {"sums": suite(samples=3)}, sums_folder / out,
                                   Wanted(**{"rows": 4, **wanted}), sums_folder, force=force)["sums"]
     return call
 
@@ -192,7 +201,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluate: Callable, 
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate("whole")
     drawn: list[list[Any]] = []
-    generate = benchmark._generate
+    generate = benchmarks._generate
 
     def counted(opened: Any, job: Any, chunk: Any, rows: int) -> Any:
         if len(drawn) == 3:
@@ -200,7 +209,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluate: Callable, 
         drawn.append(chunk)
         return generate(opened, job, chunk, rows)
 
-    monkeypatch.setattr(benchmark, "_generate", counted)
+    monkeypatch.setattr(benchmarks, "_generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("cut")
     file = sums_folder / "cut" / "sums.samples.jsonl"
@@ -208,7 +217,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluate: Callable, 
     assert 1 < len(before.splitlines()) < 25
     file.write_text(before + '{"id": "s5", "dr')  # killed while it wrote
     drawn.clear()
-    monkeypatch.setattr(benchmark, "_generate", lambda *args: drawn.append(args[2]) or generate(*args))
+    monkeypatch.setattr(benchmarks, "_generate", lambda *args: drawn.append(args[2]) or generate(*args))
     found = evaluate("cut")
     assert file.read_text().startswith(before)
     assert sum(map(len, drawn)) == 24 - (len(before.splitlines()) - 1), "kept answers were drawn again"
@@ -237,7 +246,7 @@ def test_what_a_model_says_decides_its_digest(tmp_path: Path) -> None:
     from tiny import save_model
 
     folders = {name: save_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))}
-    digests = {name: benchmark.weights_digest(ModelConfig.model_validate({"name_or_path": str(folder)}))
+    digests = {name: benchmarks.weights_digest(ModelConfig.model_validate({"name_or_path": str(folder)}))
                for name, folder in folders.items()}
     assert digests["a"] == digests["b"] != digests["c"]
 
@@ -257,6 +266,22 @@ def test_the_command_compares_models_and_writes_the_page(sums_folder: Path, tiny
     assert f"{tiny_folder('llama').name} - {tiny_folder('qwen2').name}" in page
     found = json.loads((out / "results.json").read_text())
     assert {*next(iter(found["paired"].values()))} == {"sums", "more", "macro", "micro"}
+
+
+def test_a_run_is_evaluated_from_python_with_its_own_settings(raw: Callable[..., dict[str, Any]],
+                                                             sums_folder: Path) -> None:
+    import bridgelm
+
+    run = bridgelm.train(raw("sft", steps=1, checkpoint_every=0), quiet=True)
+    records = sums_folder / "suites.toml"
+    records.write_text('[sums]\ntitle = "Sums"\nfile = "sums.jsonl"\nitems = [6]\nmax_new_tokens = 4\n')
+    found = bridgelm.benchmark(run.path, ["sums"], suite_folder=sums_folder, own_suites=records, prompt="bare")
+    (result,) = found["models"].values()
+    facts = result["sums"]["model"]
+    assert (facts["run"], facts["dtype"], facts["which"]) == (str(run.path), "float64", "final")
+    assert (run.path / "eval" / "sums.samples.jsonl").is_file()
+    with pytest.raises(UserError, match="promt"):
+        bridgelm.benchmark(run.path, ["sums"], promt="bare")
 
 
 @pytest.mark.parametrize(("words", "message"), [

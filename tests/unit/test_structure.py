@@ -43,8 +43,8 @@ LAYERS = [
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
     ["credit", "losses", "cooperation", "hints", "rollout"],
     ["methods"],
-    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmark", "benchmark_*",
-     "probe", "training", "training_*", "demonstrations"],
+    ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
+     "benchmark_*", "probe", "training", "training_*", "demonstrations"],
     ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]

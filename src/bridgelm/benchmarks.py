@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bridgelm import benchmark_scores, suites
+from bridgelm import benchmark_scores, benchmark_tables, suites
 from bridgelm.chat import Chat, load_chat, model_path
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import ModelConfig, load_config
@@ -63,6 +63,30 @@ class Job:
     temperature: float
     max_new_tokens: int
     settings: dict[str, Any]
+
+
+def run(models: Sequence[str], names: Sequence[str], out: Path | None = None, wanted: Wanted | None = None, *,
+        folder: Path | None = None, extra: Path | None = None, fixes: Path | None = None, force: bool = False,
+        say: Say = lambda text: None) -> Path:
+    """Every model on every suite, and the page about them; a model's own files lie in a folder of its own beside it."""
+    chosen, labels = suites.choose(names, extra), _labels(models)
+    single = len(models) == 1 and (Path(models[0]) / "run.json").is_file()
+    root = out or (Path(models[0]) / "eval" if single else Path("eval"))
+    results = {label: evaluate(model, chosen, root if single else root / label, wanted or Wanted(), folder, fixes,
+                               force, lambda text, label=label: say(f"{label}: {text}"))
+               for model, label in labels.items()}
+    found = benchmark_tables.combined(results)
+    write_json(root / "results.json", {"models": results, **found})
+    (root / "results.md").write_text(benchmark_tables.page(results, found), encoding="utf-8")
+    return root / "results.md"
+
+
+def _labels(models: Sequence[str]) -> dict[str, str]:
+    """A short name for each, which is also its folder's."""
+    labels = {model: model.rstrip("/").replace("toy:", "toy-").split("/")[-1] for model in models}
+    if len(labels) < len(models) or len({*labels.values()}) < len(labels):
+        raise UserError("eval: two of the models have the same name; evaluate them one by one, each with its own --out")
+    return labels
 
 
 def evaluate(name: str, chosen: dict[str, Suite], out: Path, wanted: Wanted, folder: Path | None = None,
