@@ -15,7 +15,7 @@ from bridgelm import benchmark_scores, benchmark_tables, suites
 from bridgelm.chat import Chat, load_chat, model_path
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import ModelConfig, load_config
-from bridgelm.engine import Engine, Request, Sampling
+from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model, pick_device
 from bridgelm.metrics import git_commit, versions, write_json
@@ -218,12 +218,12 @@ def _chunks(job: Job, have: set[tuple[str, int]], rows: int) -> Iterator[list[tu
 
 def _generate(opened: Opened, job: Job, chunk: Sequence[tuple[Problem, int]], rows: int) -> list[Any]:
     chat = opened.chat
-    engine = Engine(chat.eos_ids, chat.pad_id, chat.text, rows)
+    engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, rows)
     sampling = Sampling(job.max_new_tokens, job.temperature if chunk[0][1] else 0.0, tuple(job.format.stop))
     prompts = {problem.id: job.format.ids(chat, problem) for problem, _ in chunk}
     requests = [Request(prompts[problem.id], (job.settings["seed"], SALT, _number(problem.id), draw))
                 for problem, draw in chunk]
-    return engine.generate(opened.model, requests, sampling)
+    return engine.generate(Origin(opened.model), requests, sampling)
 
 
 def _number(name: str) -> int:
