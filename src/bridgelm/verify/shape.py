@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+from bridgelm.verify import number
 from bridgelm.verify.split import THOUSANDS, enclosed, items, split, tokens, words_to_commas
 from bridgelm.verify.units import Quantity, quantity
 
@@ -26,6 +28,8 @@ BASED = re.compile(r"([0-9A-Z]+)\s*_\s*\{?\s*(\d{1,2})\s*\}?|\(\s*([0-9A-Z]+)\s*
 TRANSPOSED = re.compile(r"^([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{T\})\s*\}?$")
 COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 FACTOR = re.compile(r"(?<![\w.,/^{}])(\d+)\s*/\s*(\d+)(?=\s*(?:[a-zA-Z(]|\\(?:pi|sqrt|ln|log|sin|cos|theta|alpha)))")
+RATIO_IN_WORDS = re.compile(r"([0-9a-z.,]+)\s*(?:\\text\s*\{\s*to\s*\}|(?<=\s)to(?=\s))\s*([0-9a-z.,]+)")
+WITH_DECIMAL = re.compile(r"(.*[^\s(])\s*\(\s*(?:\\approx|=|\\text\s*\{\s*or\s*\}|or)?\s*(-?\d*\.\d{1,12})\s*\)")
 DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d+)")
 NAME = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\{[^{}]*\}|[0-9a-zA-Z]))?(?:\^\{?\\prime\s*\}?|'+|\^\{?\\circ\}?)?"
                   r"(?:\s*\(\s*[a-zA-Z0-9_{}\\,\s+-]*\))?(?:\^\{-1\}\s*\([a-z]\))?")
@@ -49,6 +53,8 @@ def readings(text: str, gold: bool) -> list[Shape]:
     found = [read(text, gold)]
     if THOUSANDS.search(text):
         found.append(read(text, gold, thousands=False))
+    if not gold and (exact_value := _with_decimal(text)):
+        found.append(read(exact_value, gold))
     if (said := FACTOR.sub(r"\\frac{\1}{\2}", text)) != text:  # 3/4 x is three quarters of x
         found.append(read(said, gold))
     if (comma := DECIMAL_COMMA.fullmatch(quantity(text, not gold).text)) and (not gold or comma.group(2) == "0"):
@@ -56,6 +62,15 @@ def readings(text: str, gold: bool) -> list[Shape]:
         if not THOUSANDS.fullmatch(f"{whole},{rest}"):
             found.append(read(f"{sign}{whole}.{rest}", gold))
     return list(dict.fromkeys(found))
+
+
+def _with_decimal(text: str) -> str | None:
+    """`3/4 (0.75)` is 3/4, if the decimal in parentheses is it, rounded."""
+    if not (found := WITH_DECIMAL.fullmatch(text)):
+        return None
+    value, decimal = number.exact(found.group(1)), Fraction(found.group(2))
+    places = len(found.group(2).partition(".")[2])
+    return found.group(1) if value is not None and abs(value - decimal) <= Fraction(1, 2 * 10**places) else None
 
 
 def read(text: str, gold: bool, thousands: bool = True, depth: int = 0) -> Shape:
@@ -166,7 +181,8 @@ def is_name(text: str) -> bool:
 
 
 def _ratio(text: str, gold: bool, thousands: bool, depth: int) -> Shape | None:
-    pieces = split(text, {":"})
+    said = RATIO_IN_WORDS.fullmatch(text)
+    pieces = list(said.groups()) if said else split(text, {":"})
     if len(pieces) < 2 or any(not piece.strip() for piece in pieces):
         return None
     return Shape("ratio", "", tuple(read(piece, gold, thousands, depth + 1) for piece in pieces))

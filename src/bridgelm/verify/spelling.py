@@ -40,6 +40,8 @@ ROOT = re.compile(r"([√∛∜])\s*(\(|\{|\d+(?:\.\d+)?|\\[a-zA-Z]+|[a-zA-Z])?"
 DEGREE_OF_ROOT = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
 SQRT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\\[a-zA-Z]+|[0-9a-zA-Z])")
+LOG_BASE = re.compile(r"\\log\s*_\s*(10|[0-9a-z])(?![0-9])")
+REPEATED = re.compile(r"(\d*\.\d{0,9}?)(\d{1,6}?)\2{2,9}\s*\\ldots")  # 0.333...
 FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal"
                   r"|boldsymbol|bm|operatorname\*?|textstyle|emph|underline)\s*(?=\{)")
 KEPT_FONT = re.compile(r"\\(?:operatorname\*?|mathrm|mathbf|mathit|boldsymbol|bm)\s*\{\s*"
@@ -55,7 +57,7 @@ PAIRS = [
     (re.compile(r"(\\mathbb\{R\}|\\mathbb R)\s*\\\s*\{([^{}]*)\}"), r"\1\\setminus\\{\2\\}"),
     (re.compile(r"all real (?:numbers|values)(?: of [a-z])? except(?: for)?\s*([^,;]+)$"),
      r"\\mathbb{R}\\setminus\\{\1\\}"),
-    (re.compile(r"(\\log_\{[^{}]*\}|\\log_\d)(?=[0-9a-z\\])"), r"\1 "),
+    (re.compile(r"(\\log_\{[^{}]*\}|\\log_(?!10(?!\d))\d)(?=[0-9a-z\\])"), r"\1 "),
     (BASE_WORDS, lambda m: _base(m[1] or m[2])),
     (re.compile(r"(?<!\\)\$([^$]+?)(?<!\\)\$(?!\d)"), r" \1 "),  # $125$ miles
     (re.compile(r"(?<!\\)\\[\[\]()]"), " "),
@@ -181,6 +183,7 @@ def round_arguments(text: str) -> str:
 def braced(text: str) -> str:
     """\\frac12, \\frac\\pi 2, \\sqrt3 with braces round each argument."""
     text = SQRT.sub(lambda m: rf"\sqrt{m.group(1) or ''}{{{m.group(2)}}}", text)
+    text = REPEATED.sub(r"\1\\overline{\2}", LOG_BASE.sub(r"\\log_{\1}", text))
     if r"\frac" in text:
         pieces = PIECE.findall(text)
         text = _with_braces(pieces, _partners(pieces))
