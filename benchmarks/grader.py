@@ -120,13 +120,48 @@ def step(data: Path) -> dict[str, Any]:
     return {"answers": len(pairs), "workers": 2, "seconds_with_empty_cache_then_full": seconds}
 
 
+def table(result: dict[str, Any]) -> str:
+    """The measured part of docs/grader.md."""
+    lines = ["| source | n | disputed | ours FA / FR / errors | undisputed FA / FR | math-verify FA / FR "
+             "| ours median / p99 / worst | math-verify median / p99 / worst |", "|---" * 8 + "|"]
+    total = Counter()
+    for name, entry in result["sources"].items():
+        own, bare, other = entry["ours"], entry["ours_undisputed"], entry["math_verify_boxed"]
+        counts = [entry["n"], entry["disputed"], own["false_accepts"], own["false_rejects"], own["errors"],
+                  bare["false_accepts"], bare["false_rejects"], other["false_accepts"], other["false_rejects"]]
+        total.update(dict(enumerate(counts)))
+        clocks = [" / ".join(str(side["ms"][kind]) for kind in ("median", "p99", "worst")) for side in (own, other)]
+        lines.append(_line(name, counts, clocks))
+    lines.append(_line("all", [total[i] for i in range(9)], ["", ""]))
+    kept = ", ".join(f"{name} {entry.get('correct', 0)}/{entry['n']}" for name, entry in result["golds"].items())
+    step = result["step_of_512"]
+    first, known = step["seconds_with_empty_cache_then_full"][:2]
+    speed = (f"A step of {step['answers']} answers (64 problems of MATH-500, 8 answers each) with {step['workers']} "
+             f"workers: {first['wall']} s wall, {first['cpu_of_workers']} s CPU in the workers, and {known['wall']} s "
+             "with all pairs known. Other work shared the two cores.")
+    return "\n".join([*lines, "", f"Golds against themselves, in a sentence and a box: {kept}.", "", speed])
+
+
+def _line(name: str, n: list[int], clocks: list[str]) -> str:
+    cells = [name, n[0], n[1], f"{n[2]} / {n[3]} / {n[4]}", f"{n[5]} / {n[6]}", f"{n[7]} / {n[8]}", *clocks]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def write_page(result: dict[str, Any]) -> None:
+    page, begin, end = HERE.parent / "docs" / "grader.md", "<!-- cases:begin -->", "<!-- cases:end -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{table(result)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="without it only the page is written anew, from --out")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "grader.json")
     args = parser.parse_args()
-    result = measure(args.data)
-    args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.data:
+        args.out.write_text(json.dumps(measure(args.data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    write_page(result)
     print(f"wrote {args.out}: {len(result['disagreements'])} disagreements outside the exceptions")
 
 
