@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict, parts
 from bridgelm.options.reward import RewardConfig
+from bridgelm.options.rollout import RolloutConfig
 from bridgelm.options.teachers import TeacherConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -65,19 +66,6 @@ class DataConfig(Strict):
     overlap: Literal["error", "drop"] = "error"  # a training prompt that is also in validation or test
     fields: dict[str, str] = Field(default_factory=dict)  # our field name -> the column that holds it
     toy: ToyOptions = ToyOptions()
-
-
-class RolloutConfig(Strict):
-    prompts: Count = 32
-    group: Annotated[int, Field(ge=2)] = 8
-    max_new_tokens: Count = 512
-    temperature: Rate = 1.0
-    stop: list[str] = Field(default_factory=list)
-    engine: Literal["native"] = "native"
-    max_rows: Count = 512  # decoded at once
-    updates: Count = 1  # optimiser steps a rollout batch is split into
-    refill: Annotated[int, Field(ge=0)] = 0  # dynamic sampling: further draws to replace groups without spread
-    mask_overlong: bool = False  # leave completions that hit the limit out of the loss
 
 
 class OptimConfig(Strict):

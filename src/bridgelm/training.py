@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import checkpoint
+from bridgelm import checkpoint, mismatch
 from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
 from bridgelm.data import Data, check_lengths, load_splits
-from bridgelm.engine import NativeEngine, Origin
+from bridgelm.engine import Origin, open_engine
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
 from bridgelm.ledger import Ledger
@@ -113,6 +113,8 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
                 except BaseException as error:
                     folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                     raise
+                finally:
+                    session.roll.engine.close()
                 folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
     return Run(path)
 
@@ -125,7 +127,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None)
-    engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    engine = open_engine(config, chat, folder.path / "engine")
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None
     if teacher is not None:
@@ -178,6 +180,7 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
     found: list[Metrics] = []
     try:
         rows = method.gather(session.data, roll, session.step)
+        rows, drift = roll.settle(rows)
         policy.factor = method.rate(session.step)
         gathered = time.perf_counter()
         for part in split_rows(rows, config.rollout.updates):
@@ -188,9 +191,9 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
                         "for what grew before it") from None
     session.step += 1
     metrics = {key: float(np.mean([m[key] for m in found if key in m])) for key in {k for m in found for k in m}}
-    _warn(session, metrics)
+    _warn(session, [*method.warnings(metrics), *mismatch.warnings(drift, config.rollout.mismatch_warning)])
     _keep_samples(session, rows)
-    return {"phase": method.phase, **summary(rows), **dict(sorted(metrics.items())),
+    return {"phase": method.phase, **summary(rows), **drift, **dict(sorted(metrics.items())),
             "lr": session.policy.optimisers["theta"].lr * policy.factor,
             "time/rollout": gathered - clock, "time/update": time.perf_counter() - gathered}
 
@@ -200,17 +203,14 @@ def _keep_samples(session: Session, rows: list[Row]) -> None:
     if not log.samples or (session.step - 1) % log.samples_every:
         return
     for row in [row for row in rows if row.kind == "rollout" and row.at == "live"][:log.samples]:
-        session.folder.sample({"step": session.step, **_facts(row.problem), "completion": row.text,
+        problem = row.problem
+        session.folder.sample({"step": session.step, "problem_id": problem.id, "prompt": problem.prompt,
+                               "answer": problem.answer, "difficulty": problem.difficulty, "completion": row.text,
                                "reward": row.reward, "verdict": row.verdict.value if row.verdict else None})
 
 
-def _facts(problem: Problem) -> dict[str, Any]:
-    return {"problem_id": problem.id, "prompt": problem.prompt, "answer": problem.answer,
-            "difficulty": problem.difficulty}
-
-
-def _warn(session: Session, metrics: Metrics) -> None:
-    for text in session.method.warnings(metrics):
+def _warn(session: Session, texts: list[str]) -> None:
+    for text in texts:
         if text not in session.said:
             session.said.add(text)
             session.event("warning", text=text)

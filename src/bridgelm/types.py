@@ -114,6 +114,7 @@ class Row:
     given: int = 0
     times: float = 1.0  # how often the row counts in every term, its denominator included; 0: not at all
     teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
+    mismatch: np.ndarray | None = None  # old_logps less those that the engine drew with, where they are not the same
 
     @property
     def drawn(self) -> np.ndarray:

@@ -45,6 +45,8 @@ class Table:
     def at(self, point: str = "live") -> Iterator[Any]:
         yield self.theta if point == "live" else self.start
 
+    origin = at
+
     def logp_NV(self, row: Row, table: Tensor) -> Tensor:
         """Of every token that could stand at places 1, 2, ... of a row."""
         return torch.log_softmax(table[torch.from_numpy(row.ids[:-1])] / row.temperature, -1)
@@ -131,7 +133,9 @@ class World:
         return [self.splits.train[i % len(self.splits.train)] for i in range(self.taken - n, self.taken)]
 
     # the engine
-    def generate(self, model: Any, requests: Any, sampling: Any, ledger: Ledger) -> list[Completion]:
+    exact = True
+
+    def generate(self, origin: Any, requests: Any, sampling: Any, ledger: Ledger) -> list[Completion]:
         out, call = [], []
         for request in requests:
             problem = self.owner(request.prompt)

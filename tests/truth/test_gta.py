@@ -87,10 +87,12 @@ def gate(module: ModuleType, folder: Path) -> None:
 class Says:
     """An engine that answers with given words, in turn."""
 
+    exact = True
+
     def __init__(self, session: Any, *texts: str) -> None:
         self.policy, self.texts, self.session = session.policy, texts, session
 
-    def generate(self, model: Any, requests: Any, sampling: Any, ledger: Any) -> list[Completion]:
+    def generate(self, origin: Any, requests: Any, sampling: Any, ledger: Any) -> list[Completion]:
         out = []
         for i, request in enumerate(requests):
             ids = self.session.chat.tokenizer(self.texts[i % len(self.texts)], add_special_tokens=False)["input_ids"]
@@ -98,7 +100,7 @@ class Says:
             logps = []
             with torch.no_grad():
                 whole = np.concatenate([request.prompt, ids])
-                table = torch.log_softmax(model(input_ids=torch.tensor(whole)[None]).logits[0], -1)
+                table = torch.log_softmax(origin.model(input_ids=torch.tensor(whole)[None]).logits[0], -1)
                 logps = [float(table[len(request.prompt) + t - 1, token]) for t, token in enumerate(ids)]
             out.append(Completion(ids, np.array(logps), np.array(logps), True))
         return out

@@ -14,6 +14,7 @@ from bridgelm import batching, forward
 from bridgelm.chat import load_chat
 from bridgelm.config import ModelConfig
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling, decoders, native
+from bridgelm.engine.base import stopped
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model
 from bridgelm.types import Completion, Problem, Row
@@ -190,13 +191,11 @@ def test_stop_strings(load: Load) -> None:
 
 def test_a_stop_string_of_many_small_tokens() -> None:
     """A character may take four tokens (bytes), so the tail that is searched counts bytes."""
-    made = NativeEngine(frozenset(), 0, lambda ids: bytes(int(i) for i in ids).decode(errors="ignore"))
-    writer = native._Writer()
+    def text(ids: Any) -> str:
+        return bytes(int(i) for i in ids).decode(errors="ignore")
     stop = "🙂" * 12
-    for byte in stop.encode():
-        writer.add(byte, 0.0, 0.0)
-    assert made._stopped(writer, (stop,))
-    assert not made._stopped(writer, (stop + "x",))
+    assert stopped([*stop.encode()], (stop,), text)
+    assert not stopped([*stop.encode()], (stop + "x",), text)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -41,7 +41,7 @@ LAYERS = [
     ["toy", "chat", "prompts", "data", "data_*", "suites", "contamination", "verify", "dist", "teacher_ids",
      "teacher_cache"],
     ["ledger", "batching", "forward", "loading", "grads", "groups", "optim", "engine", "weights", "policy", "teacher"],
-    ["credit", "losses", "cooperation", "hints", "rollout"],
+    ["credit", "losses", "mismatch", "cooperation", "hints", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
      "benchmark_*", "probe", "training", "training_*", "demonstrations"],

@@ -1,6 +1,26 @@
 """Rollout engines: prompts in, completions with raw and sampling log-probabilities out."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from bridgelm.engine.base import Engine, Origin, Request, Sampling
 from bridgelm.engine.native import NativeEngine
 
-__all__ = ["Engine", "NativeEngine", "Origin", "Request", "Sampling"]
+if TYPE_CHECKING:
+    from bridgelm.chat import Chat
+    from bridgelm.config import RunConfig
+
+__all__ = ["Engine", "NativeEngine", "Origin", "Request", "Sampling", "open_engine"]
+
+
+def open_engine(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
+    """The engine of a run. `exchange`: a folder for weights on their way to another program."""
+    if config.rollout.engine == "native":
+        return NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    from bridgelm.engine.vllm import InProcess, VllmEngine
+    from bridgelm.engine.vllm_server import Server
+
+    backend = InProcess(config) if config.rollout.server is None else Server(config, exchange)
+    return VllmEngine(backend, chat, bool(config.model.lora_rank))

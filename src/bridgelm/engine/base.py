@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,3 +51,10 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def stopped(ids: Sequence[int], stop: tuple[str, ...], text: Callable[[Any], str]) -> bool:
+    """Whether an answer ends with a stop string."""
+    # One may begin inside an earlier token, and a token may be one byte of a character: look at a tail that is sure to
+    # hold it.
+    return any(s in text(np.array(ids[-len(s.encode()) - 8:])) for s in stop)

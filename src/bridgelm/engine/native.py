@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm.engine.base import Origin, Request, Sampling
+from bridgelm.engine.base import Origin, Request, Sampling, stopped
 from bridgelm.engine.decoders import Decoder, make_decoder
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
@@ -72,7 +72,7 @@ class NativeEngine:
                 writer = writers[alive[b]]
                 if not writer.finished and t < rooms[alive[b]]:
                     writer.add(token, raw, logp)
-                    writer.finished = ended[b] or self._stopped(writer, sampling.stop)
+                    writer.finished = ended[b] or stopped(writer.ids, sampling.stop, self.text)
             running = [b for b, i in enumerate(alive) if not writers[i].finished and t + 1 < rooms[i]]
             if not running or t + 1 == sampling.max_new_tokens:
                 break
@@ -102,11 +102,6 @@ class NativeEngine:
         rows = torch.tensor(which, device=device)
         decoder.select(rows)
         return logits_BV[rows], sum(len(p) for p in prompts)
-
-    def _stopped(self, writer: _Writer, stop: tuple[str, ...]) -> bool:
-        # A stop string may begin inside an earlier token, and a token may be one byte of a character: look at a tail
-        # that is sure to hold it.
-        return any(s in self.text(np.array(writer.ids[-len(s.encode()) - 8:])) for s in stop)
 
 
 class _Writer:

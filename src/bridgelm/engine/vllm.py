@@ -1,0 +1,245 @@
+"""vLLM as the rollout engine: it holds weights of its own, which are streamed into it whenever those to draw from have
+changed, and its log-probs differ a little from the trainer's.
+
+In full training all merged weights are copied, in low-rank training one adapter. They are merged in tensors of their
+own, by the policy: nothing is merged in place here and taken out again.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridgelm.chat import Chat, model_path
+from bridgelm.config import RunConfig
+from bridgelm.engine.base import Origin, Request, Sampling, stopped
+from bridgelm.engine.exchange import write_adapter
+from bridgelm.errors import UserError
+from bridgelm.ledger import Ledger
+from bridgelm.options import parts
+from bridgelm.types import Completion
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: list[int]
+    logps: list[float]  # at the sampling temperature
+    stopped: bool  # at an end token or a stop string, not at its limit
+
+
+Adapter = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Backend(Protocol):
+    """Where vLLM runs. Sampling parameters are those of vLLM, by name."""
+
+    max_length: int  # tokens of a prompt and its answer
+
+    def wake(self) -> None: ...
+    def load(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
+    def adapt(self, adapter: Adapter) -> None: ...
+    def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]: ...
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """The log-prob at temperature 1 of each token but the first."""
+        ...
+
+    def sleep(self) -> bool:
+        """Whether the weights have to be given to it again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class VllmEngine:
+    exact = False
+
+    def __init__(self, backend: Backend, chat: Chat, low_rank: bool) -> None:
+        self.backend, self.eos_ids, self.text = backend, chat.eos_ids, chat.text
+        self.held: tuple[int, int] | None = None  # version of the weights that it has
+        self.base = low_rank  # whether its weights without an adapter are those of the model's folder
+        self.syncs = 0
+
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
+                 ledger: Ledger | None = None) -> list[Completion]:
+        rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
+        asked = [i for i, room in enumerate(rooms) if room > 0]
+        if not asked:
+            return [Completion(np.empty(0, np.int64), np.empty(0), np.empty(0), False) for _ in requests]
+        self.backend.wake()
+        self._sync(origin)
+        prompts = [requests[i].prompt.tolist() for i in asked]
+        needed = max(len(prompt) + rooms[i] for prompt, i in zip(prompts, asked, strict=True))
+        if needed > self.backend.max_length:
+            raise UserError(f"rollout.vllm.max_length: a prompt and its answer may need {needed} tokens, over vLLM's "
+                            f"{self.backend.max_length}; raise it (on a server: --max-model-len), or lower "
+                            "rollout.max_new_tokens")
+        answers = self.backend.complete(prompts, [self._params(requests[i], rooms[i], sampling) for i in asked])
+        answers = [self._cut(answer, sampling.stop) for answer in answers]
+        raw = self._raw(prompts, answers, sampling)
+        done = {i: _completion(answer, logps, sampling) for i, answer, logps in zip(asked, answers, raw, strict=True)}
+        if ledger is not None:  # as the native engine counts: a prompt once
+            ledger.generate += sum(len(p) for p in {tuple(p) for p in prompts}) + sum(len(a.ids) for a in answers)
+        empty = Completion(np.empty(0, np.int64), np.empty(0), np.empty(0), False)
+        return [done.get(i, empty) for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        if self.backend.sleep():
+            self.held = None
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def _sync(self, origin: Origin) -> None:
+        if origin.version is not None and origin.version == self.held:
+            return
+        if self.base and origin.adapter is not None:
+            self.backend.adapt(origin.adapter)
+        else:
+            # Tied weights under each of their names: vLLM may have packed the two apart.
+            self.backend.load(origin.model.named_parameters(remove_duplicate=False))
+            self.base = False
+        self.held = origin.version
+        self.syncs += 1
+
+    def _params(self, request: Request, room: int, sampling: Sampling) -> dict[str, Any]:
+        seed = int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1)
+        # The end tokens are ours to name: vLLM's own are those of the model's folder.
+        return {"temperature": sampling.temperature, "seed": seed, "max_tokens": room, "logprobs": 0,
+                "ignore_eos": True, "stop_token_ids": sorted(self.eos_ids),
+                **({"stop": list(sampling.stop)} if sampling.stop else {})}
+
+    def _cut(self, answer: Answer, stop: tuple[str, ...]) -> Answer:
+        """Where the native engine would have ended it: vLLM puts tokens together to a text of its own."""
+        end = next((n for n in range(1, len(answer.ids)) if stopped(answer.ids[:n], stop, self.text)), None)
+        return answer if end is None else Answer(answer.ids[:end], answer.logps[:end], True)
+
+    def _raw(self, prompts: Sequence[list[int]], answers: Sequence[Answer], sampling: Sampling) -> list[list[float]]:
+        """At temperature 1. vLLM gives one kind of log-prob a token; the other one takes a pass of its own."""
+        if sampling.temperature in (0.0, 1.0):
+            return [answer.logps for answer in answers]
+        scored = self.backend.score([prompt + answer.ids for prompt, answer in zip(prompts, answers, strict=True)])
+        return [logps[len(prompt) - 1:] for prompt, logps in zip(prompts, scored, strict=True)]
+
+
+def _completion(answer: Answer, raw: list[float], sampling: Sampling) -> Completion:
+    logps = np.array(answer.logps) if sampling.temperature > 0 else np.zeros(len(answer.ids))
+    if not (np.isfinite(raw).all() and np.isfinite(logps).all()):
+        raise FloatingPointError("vLLM's log-probs are not finite")
+    return Completion(np.array(answer.ids, dtype=np.int64), np.array(raw), logps, answer.stopped)
+
+
+def adapter_rank(config: RunConfig) -> int:
+    """Of the one adapter that stands for theta's and, where the method has one, w's."""
+    return config.model.lora_rank and config.model.lora_rank + max(getattr(p, "rank", 0) for p in parts(config.method))
+
+
+class InProcess:
+    """vLLM in this process, on the trainer's device. It is opened when it is first needed."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.rank = config, adapter_rank(config)
+        self.folder = Path(tempfile.mkdtemp(prefix="bridgelm-adapter-"))
+        self.adapters = self.max_length = 0
+        self.vllm: Any = None
+        self.llm: Any = None
+        self.asleep = False
+        self.can_sleep = config.rollout.vllm.sleep and torch.cuda.is_available()
+
+    def wake(self) -> None:
+        if self.llm is None:
+            self.llm = self._open()
+            self.max_length = self.llm.model_config.max_model_len
+        elif self.asleep:
+            gc.collect()
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is missing here
+            self.llm.wake_up()
+            self.asleep = False
+
+    def _open(self) -> Any:
+        # The iterator of the weights cannot go to another process; and no usage statistics are sent.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads are this process's too
+        self.vllm = import_module("vllm")
+        model, rollout, own = self.config.model, self.config.rollout, self.config.rollout.vllm
+        lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
+                "max_lora_rank": next((r for r in RANKS if r >= self.rank), self.rank)} if self.rank else {}
+        try:
+            return self.vllm.LLM(
+                model_path(model.name_or_path), revision=model.revision, dtype=model.dtype, seed=0,
+                # Full training gives it all its weights before it draws; adapters stand on those of the folder.
+                load_format="auto" if self.rank else "dummy", max_model_len=self._longest(),
+                logprobs_mode="processed_logprobs", gpu_memory_utilization=own.memory, enable_prefix_caching=True,
+                enforce_eager=own.eager or not torch.cuda.is_available(), enable_sleep_mode=self.can_sleep,
+                max_num_seqs=min(1024, rollout.prompts * rollout.group), disable_log_stats=True, **lora)
+        except (ValueError, RuntimeError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"rollout.engine: vLLM cannot open {model.name_or_path!r} ({reason}); see rollout.vllm, or "
+                            "set rollout.engine = 'native'") from error
+
+    def _longest(self) -> int:
+        """vLLM refuses to be opened for more than the model's positions."""
+        from transformers import AutoConfig
+
+        config, model = self.config, self.config.model
+        limit = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+        wanted = config.rollout.vllm.max_length or config.data.max_prompt_tokens + limit
+        found = AutoConfig.from_pretrained(model_path(model.name_or_path), revision=model.revision)
+        return min(wanted, getattr(found, "max_position_embeddings", wanted))
+
+    def load(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ((n, p.detach()) for n, p in named)})
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+        self.adapters = 0
+
+    def adapt(self, adapter: Adapter) -> None:
+        self.adapters += 1
+        write_adapter(adapter, self.rank, getattr(torch, self.config.model.dtype), self.folder)
+
+    def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]:
+        made = [self.vllm.SamplingParams(**p, detokenize="stop" in p) for p in params]
+        out = []
+        for done in self._run(prompts, made):
+            found = done.outputs[0]
+            logps = [at[token].logprob for token, at in zip(found.token_ids, found.logprobs, strict=True)]
+            out.append(Answer(list(found.token_ids), logps, found.finish_reason == "stop"))
+        return out
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        made = self.vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        return [[at[token].logprob for token, at in zip(ids[1:], done.prompt_logprobs[1:], strict=True)]
+                for ids, done in zip(sequences, self._run(sequences, made), strict=True)]
+
+    def _run(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
+        lora = None
+        if self.adapters:
+            request = import_module("vllm.lora.request").LoRARequest
+            lora = request(f"adapter-{self.adapters}", self.adapters, str(self.folder))
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False,
+                                 lora_request=lora)
+
+    def sleep(self) -> bool:
+        if self.llm is None or self.asleep or not self.can_sleep:
+            return False
+        whole = not self.rank  # the weights come anew anyway; those under an adapter are kept in main memory
+        self.llm.sleep(level=2 if whole else 1)
+        self.asleep = True
+        return whole
+
+    def close(self) -> None:
+        self.llm = None
+        gc.collect()
+        shutil.rmtree(self.folder, ignore_errors=True)
