@@ -68,7 +68,7 @@ class Probe:
 
     def __init__(self, roll: Roller, splits: Splits, starts: Sequence[int], folder: Path, step: int) -> None:
         self.policy, self.config, self.starts, self.folder = roll.policy, roll.config, starts, folder
-        self.roll = Roller(roll.policy, roll.engine, roll.chat, roll.grader, roll.config)
+        self.roll = Roller(roll.policy, roll.engine, roll.chat, roll.grader, roll.config, early=roll.early)
         self.sample = draw_sample(splits, roll.config)
         begun = max(start for start in starts if start <= step)
         self.start_step, self.start = begun, dict[str, Tensor]()

@@ -13,11 +13,12 @@ from bridgelm import credit, mismatch
 from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.engine import Engine, Request, Sampling
+from bridgelm.engine import Engine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.policy import Policy
 from bridgelm.teacher import Teacher, with_logps
-from bridgelm.types import Demo, Grade, Metrics, Problem, Row, Verdict
+from bridgelm.types import Completion, Demo, Grade, Metrics, Problem, Row, Verdict
+from bridgelm.verify.early import Early, Judge
 
 WINDOW = 256  # answers that the verifier's error rate is taken over
 NOTHING = np.empty(0, dtype=np.int64)
@@ -41,7 +42,8 @@ def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader
 
 class Roller:
     def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig,
-                 teacher: Teacher | None = None) -> None:
+                 teacher: Teacher | None = None, early: Judge | None = None) -> None:
+        self.early = early  # judges answers before their batch is graded
         self.teacher = teacher
         if teacher is not None:
             teacher.ledger = policy.ledger
@@ -72,7 +74,7 @@ class Roller:
                     for i, (prompt, prefix) in enumerate(zip(prompts, given, strict=True))]
         self.calls += 1
         with self.policy.origin(at) as origin:
-            completions = self.engine.generate(origin, requests, self.sampling, self.policy.ledger)
+            completions = self._generate(origin, requests, repeated, given)
         self.policy.ledger.rollouts += len(completions)
         answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
         rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)
@@ -80,6 +82,15 @@ class Roller:
         rows = [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
                 for row, prefix, zeros, c in zip(rows, given, before, completions, strict=True)]
         return rows if self.engine.exact else self._by_the_trainer(rows, at)
+
+    def _generate(self, origin: Origin, requests: Sequence[Request], problems: Sequence[Problem],
+                  given: Sequence[np.ndarray]) -> list[Completion]:
+        args = (origin, requests, self.sampling, self.policy.ledger)
+        if self.early is None:
+            return self.engine.generate(*args)
+        with Early(self.early) as early:
+            return self.engine.generate(*args, done=lambda i, ids: early.add(
+                problems[i], lambda: self.chat.turn(np.concatenate([given[i], ids]))))
 
     def _by_the_trainer(self, rows: list[Row], at: str) -> list[Row]:
         """Ratios compare the trainer with itself; what the engine drew with is kept beside."""

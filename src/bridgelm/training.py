@@ -132,7 +132,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     state = checkpoint.read_state(saved) if saved else None
     if teacher is not None:
         teacher.keep(folder.path / "teacher", state["step"] if state else 0)
-    roll = Roller(policy, engine, chat, grader, config, teacher)
+    roll = Roller(policy, engine, chat, grader, config, teacher, grader.early)
     session = Session(config, data, chat, method, policy, roll, folder, display)
     if state:
         method.load(state["method"])

@@ -275,3 +275,34 @@ def test_the_chats_end_tokens_reach_the_engine(tiny_folder: Callable[[], Path]) 
     chat = load_chat(ModelConfig(name_or_path=str(tiny_folder())))
     assert chat.eos_ids == {1}
     assert chat.pad_id == 0
+
+
+def test_finished_answers_are_told_while_others_are_written(load: Callable[..., Any],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, with its whole text, and no later than the step that ends it."""
+    steps: list[int] = []
+    step = decoders.FastDecoder.step
+    monkeypatch.setattr(decoders.FastDecoder, "step", lambda self, token: steps.append(1) or step(self, token))
+    told: dict[int, tuple[list[int], int]] = {}
+
+    def done(number: int, ids: np.ndarray) -> None:
+        assert number not in told
+        told[number] = (ids.tolist(), len(steps))
+
+    asked = requests([[5, 6, 7]] * 24)
+    found = engine(eos={1, 2, 3, 4, 5, 6}).generate(Origin(load("qwen2")), asked, Sampling(12, 1.0), done=done)
+    assert told == {i: (c.ids.tolist(), len(c.ids) - 1) for i, c in enumerate(found) if c.finished}
+    assert len({length for _, length in told.values()}) > 2
+
+
+def test_the_roller_judges_whole_answers_early(session: Callable[..., Any]) -> None:
+    one = session("grpo")
+    judged: list[tuple[str, str]] = []
+    one.roll.early = lambda problems, texts: judged.extend(zip((p.id for p in problems), texts, strict=True))
+    problems = one.data.problems(4)
+    prefixes = [np.array([5], dtype=np.int64)] * 16
+    rows = one.roll(problems, prefixes=prefixes)
+    finished = sorted((row.problem.id, row.text) for row in rows if row.finished)
+    assert judged, "no answer was judged early"
+    assert all(pair in finished for pair in judged)
+    assert all(text.startswith(one.chat.text([5])) for _, text in judged)

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from bridgelm.config import RewardConfig
 from bridgelm.errors import UserError
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify import build_verifier, exact
+from bridgelm.verify.early import Early
 from bridgelm.verify.extract import anchored, balanced, boxed, find, last_maths, outside_think
 from bridgelm.verify.math import MathJudge
 from bridgelm.verify.pool import GOLD_EXHAUSTS, Outcome, Pool
@@ -423,3 +425,43 @@ def test_reward_files_may_hold_dataclasses_and_import_siblings(tmp_path):
                                    "    x: int\n    y: ClassVar[int] = 1\n"
                                    "def f(completions):\n    return [sibling_helper.SCORE for _ in completions]\n")
     assert load_function(f"{tmp_path / 'r.py'}:f")([task("a")], ["a"]) == [1.0]
+
+
+# ---------------------------------------------------------------- while others are still being written
+
+def test_answers_are_judged_while_others_are_written():
+    """The engine goes on only when the verdict on its first answer is in."""
+    judged: list[list[str]] = []
+    seen = threading.Event()
+
+    def judge(problems: Any, texts: Any) -> None:
+        judged.append(list(texts))
+        seen.set()
+
+    with Early(judge) as early:
+        early.add(task("1"), lambda: "first")
+        assert seen.wait(20), "nothing was judged before the end"
+        early.add(task("2"), lambda: "second")
+    assert judged[0] == ["first"]
+
+
+def test_what_was_judged_early_is_not_judged_again():
+    judge = MathJudge(2.0, workers=1)
+    golds, texts = ["x+1", "x+1", "7"], [r"\boxed{1+x}", r"\boxed{x-1}", r"\boxed{7}"]
+    with Early(judge.remember) as early:
+        early.add(task("x+1"), lambda: r"\boxed{1+x}")
+        while judge.counts["cached"] == 0:  # as many runs as were not asked for
+            time.sleep(0.01)
+    runs = judge._pool.counts["run"]
+    found = judge.judged([task(gold) for gold in golds], texts)
+    assert [one.verdict.value for one in found] == ["correct", "wrong", "correct"]
+    assert (runs, judge._pool.counts["run"], judge.counts["cached"]) == (1, 2, 0)
+    judge.close()
+
+
+def test_an_early_fault_is_left_to_the_whole_batch():
+    def judge(problems: Any, texts: Any) -> None:
+        raise UserError("no workers")
+
+    with Early(judge) as early:
+        early.add(task("1"), lambda: "first")

@@ -38,12 +38,15 @@ class Origin:
     adapter: Mapping[str, tuple[Tensor, Tensor]] | None = None  # (A, B) that make them out of the model as it was read
 
 
+Done = Callable[[int, np.ndarray], None]  # the number of a request, and the ids of its completion
+
+
 class Engine(Protocol):
     exact: bool  # whether its log-probs are the trainer's own
 
-    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
-                 ledger: Ledger | None = None) -> list[Completion]:
-        """A completion a request, in order."""
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
+                 done: Done | None = None) -> list[Completion]:
+        """A completion a request, in order. An engine that knows early which are done says so while it goes on."""
         ...
 
     def sleep(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm.engine.base import Origin, Request, Sampling, stopped
+from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
 from bridgelm.engine.decoders import Decoder, make_decoder
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
@@ -28,21 +28,22 @@ class NativeEngine:
         self.eos_ids, self.pad_id, self.text, self.max_rows = eos_ids, pad_id, text, max_rows
 
     @torch.inference_mode()
-    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
-                 ledger: Ledger | None = None) -> list[Completion]:
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
+                 done: Done | None = None) -> list[Completion]:
         model = origin.model
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        done: dict[int, Completion] = {}
+        made: dict[int, Completion] = {}
         training = model.training
         model.eval()  # under gradient checkpointing the model is in training mode, where Hugging Face keeps no cache
         try:
             for start in range(0, len(order), self.max_rows):
                 chosen = order[start:start + self.max_rows]
-                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger)
-                done.update(zip(chosen, found, strict=True))
+                writers = [_Writer(i, done) for i in chosen]
+                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger, writers)
+                made.update(zip(chosen, found, strict=True))
         finally:
             model.train(training)
-        return [done[i] for i in range(len(requests))]
+        return [made[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
         """It holds no weights of its own, and its caches are gone."""
@@ -50,14 +51,13 @@ class NativeEngine:
     def close(self) -> None:
         pass
 
-    def _decode(self, model: Any, requests: list[Request], sampling: Sampling,
-                ledger: Ledger | None) -> list[Completion]:
+    def _decode(self, model: Any, requests: list[Request], sampling: Sampling, ledger: Ledger | None,
+                writers: list[_Writer]) -> list[Completion]:
         device = next(model.parameters()).device
         decoder = make_decoder(model, sampling.max_new_tokens)
         logits_BV, prompt_tokens = self._prefill(decoder, requests, device)
         draws = [np.random.default_rng(r.seed).random(sampling.max_new_tokens) if sampling.temperature > 0 else None
                  for r in requests]
-        writers = [_Writer() for _ in requests]
         alive = list(range(len(requests)))  # the request of each row of the decoder
         running = list(alive)
         rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
@@ -72,7 +72,8 @@ class NativeEngine:
                 writer = writers[alive[b]]
                 if not writer.finished and t < rooms[alive[b]]:
                     writer.add(token, raw, logp)
-                    writer.finished = ended[b] or stopped(writer.ids, sampling.stop, self.text)
+                    if ended[b] or stopped(writer.ids, sampling.stop, self.text):
+                        writer.finish()
             running = [b for b, i in enumerate(alive) if not writers[i].finished and t + 1 < rooms[i]]
             if not running or t + 1 == sampling.max_new_tokens:
                 break
@@ -107,7 +108,8 @@ class NativeEngine:
 class _Writer:
     """One request's output so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int, done: Done | None) -> None:
+        self.number, self.done = number, done
         self.ids: list[int] = []
         self.raw: list[float] = []
         self.logps: list[float] = []
@@ -117,6 +119,11 @@ class _Writer:
         self.ids.append(token)
         self.raw.append(raw)
         self.logps.append(logp)
+
+    def finish(self) -> None:
+        self.finished = True
+        if self.done:
+            self.done(self.number, np.array(self.ids, dtype=np.int64))
 
     def completion(self) -> Completion:
         if not np.isfinite(self.raw).all():

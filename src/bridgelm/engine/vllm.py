@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bridgelm.chat import Chat, model_path
 from bridgelm.config import RunConfig
-from bridgelm.engine.base import Origin, Request, Sampling, stopped
+from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
 from bridgelm.engine.exchange import write_adapter
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
@@ -72,8 +72,8 @@ class VllmEngine:
         self.base = low_rank  # whether its weights without an adapter are those of the model's folder
         self.syncs = 0
 
-    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling,
-                 ledger: Ledger | None = None) -> list[Completion]:
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
+                 done: Done | None = None) -> list[Completion]:
         rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
         asked = [i for i, room in enumerate(rooms) if room > 0]
         if not asked:
@@ -89,11 +89,11 @@ class VllmEngine:
         answers = self.backend.complete(prompts, [self._params(requests[i], rooms[i], sampling) for i in asked])
         answers = [self._cut(answer, sampling.stop) for answer in answers]
         raw = self._raw(prompts, answers, sampling)
-        done = {i: _completion(answer, logps, sampling) for i, answer, logps in zip(asked, answers, raw, strict=True)}
+        made = {i: _completion(answer, logps, sampling) for i, answer, logps in zip(asked, answers, raw, strict=True)}
         if ledger is not None:  # as the native engine counts: a prompt once
             ledger.generate += sum(len(p) for p in {tuple(p) for p in prompts}) + sum(len(a.ids) for a in answers)
         empty = Completion(np.empty(0, np.int64), np.empty(0), np.empty(0), False)
-        return [done.get(i, empty) for i in range(len(requests))]
+        return [made.get(i, empty) for i in range(len(requests))]
 
     def sleep(self) -> None:
         if self.backend.sleep():

@@ -16,6 +16,7 @@ from typing import Protocol
 from bridgelm.config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.decision import Decision
+from bridgelm.verify.early import Judge as Early
 from bridgelm.verify.functions import RewardFunction, load_function
 from bridgelm.verify.grading import Task, build_judge
 
@@ -29,6 +30,8 @@ class Verifier(Protocol):
     def counts(self) -> Counter[str]: ...
     @property
     def last_error(self) -> str: ...
+    @property
+    def early(self) -> Early | None: ...
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Verifier: ...
@@ -103,6 +106,11 @@ class Combined:
         self.counts = totals
         faults = [self._judge.last_error if self._judge else "", *(function.last_error for function in self._functions)]
         self.last_error = next((fault for fault in faults if fault), "")
+
+    @property
+    def early(self) -> Early | None:
+        """Judges answers into the cache, where judging is slow enough to be worth it: see early.py."""
+        return getattr(self._judge, "remember", None)
 
     def close(self) -> None:
         if self._judge:

@@ -41,18 +41,26 @@ class MathJudge:
         tasks: dict[int, dict[str, str]] = {}
         for i, (gold, text) in enumerate(zip(golds, texts, strict=True)):
             start = time.thread_time()
-            answer, how = find(text, self._extract)
-            gold = gold_answer(gold)
-            decision = at_a_glance(gold, answer, how)
+            decision, task = self._glanced(gold, text)
             if decision is None:
-                tasks[i] = {"gold": gold, "prediction": answer or "", "how": how}
-                if self._tolerance:
-                    tasks[i]["tolerance"] = repr(self._tolerance)
+                tasks[i] = task
             found.append(decision and decision.timed(time.thread_time() - start))
         self._glance += len(texts) - len(tasks)
         for i, outcome in zip(tasks, self._pool.run(list(tasks.values())), strict=True):
             found[i] = decision_of(outcome, tasks[i]["prediction"], tasks[i]["how"])
         return [decision for decision in found if decision is not None]
+
+    def remember(self, problems: Sequence[Problem], texts: Sequence[str]) -> None:
+        """Compares now what will be asked for later: the workers' part alone, which the pool keeps."""
+        glanced = [self._glanced(problem.answer or "", text) for problem, text in zip(problems, texts, strict=True)]
+        self._pool.remember([task for decision, task in glanced if decision is None])
+
+    def _glanced(self, gold: str, text: str) -> tuple[Decision | None, dict[str, str]]:
+        """What a look decides, and the task for a worker where it does not."""
+        answer, how = find(text, self._extract)
+        gold = gold_answer(gold)
+        task = {"gold": gold, "prediction": answer or "", "how": how}
+        return at_a_glance(gold, answer, how), task | ({"tolerance": repr(self._tolerance)} if self._tolerance else {})
 
     def close(self) -> None:
         self._pool.close()

@@ -157,6 +157,12 @@ class Pool:
         self._closed = False
         weakref.finalize(self, _kill_all, self._alive)
 
+    def remember(self, tasks: Sequence[dict[str, str]]) -> None:
+        """Runs what will be asked for later. In the counts it is then that it is asked for."""
+        self.run(tasks)
+        with self._lock:
+            self.counts["cached"] -= len(tasks)
+
     def run(self, tasks: Sequence[dict[str, str]]) -> list[Outcome]:
         assert not self._closed, "the pool is closed"
         keys = [json.dumps(task, sort_keys=True) for task in tasks]
