@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.engine import Engine, Origin, Request, Sampling
+from bridgelm.engine.ahead import Pending, Rehearsed
+from bridgelm.engine.base import spent
 from bridgelm.errors import UserError
 from bridgelm.policy import Policy
 from bridgelm.teacher import Teacher, with_logps
@@ -51,6 +53,8 @@ class Roller:
         rollout = config.rollout
         self.own = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
         self.sampling = self.own
+        self.pending: Pending | None = None  # of the next step
+        self.rehearsing = self.stale = False
         self.step = self.calls = self.groups_made = 0
         self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether the verifier failed on the last answers
 
@@ -73,15 +77,29 @@ class Roller:
                             max(0, limit - len(prefix)))
                     for i, (prompt, prefix) in enumerate(zip(prompts, given, strict=True))]
         self.calls += 1
-        with self.policy.origin(at) as origin:
-            completions = self._generate(origin, requests, repeated, given)
+        completions, stale = self._draw(requests, repeated, given, at)
         self.policy.ledger.rollouts += len(completions)
         answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
         rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)
         before = [np.zeros(len(row.ids) - len(c.ids)) for row, c in zip(rows, completions, strict=True)]
         rows = [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
                 for row, prefix, zeros, c in zip(rows, given, before, completions, strict=True)]
-        return rows if self.engine.exact else self._by_the_trainer(rows, at)
+        return self._by_the_trainer(rows, at) if stale or not self.engine.exact else rows
+
+    def _draw(self, requests: Sequence[Request], problems: Sequence[Problem], given: Sequence[np.ndarray],
+              at: str) -> tuple[list[Completion], bool]:
+        """The completions, and whether they were asked for a step ago."""
+        pending, self.pending = self.pending, None
+        if pending is not None and at == "live" and pending.answers(requests, self.sampling):
+            completions, self.stale = pending.take(), True
+            self.policy.ledger.generate += spent(requests, completions)
+            return completions, True
+        with self.policy.origin(at) as origin:
+            if not self.rehearsing:
+                return self._generate(origin, requests, problems, given), False
+            if at == "live":
+                self.pending = Pending.of(requests, self.sampling, self.engine.start(origin, requests, self.sampling))
+        raise Rehearsed
 
     def _generate(self, origin: Origin, requests: Sequence[Request], problems: Sequence[Problem],
                   given: Sequence[np.ndarray]) -> list[Completion]:
@@ -106,7 +124,16 @@ class Roller:
         the two disagree in."""
         self.engine.sleep()
         cap = self.config.rollout.correction
-        return mismatch.corrected(rows, cap), mismatch.measured(rows, cap)
+        stale = {"engine/stale_steps": float(self.stale)} if self.config.rollout.ahead else {}
+        self.stale = False
+        return mismatch.corrected(rows, cap), {**mismatch.measured(rows, cap), **stale}
+
+    def state(self) -> dict[str, Any] | None:
+        """What was asked for ahead, for a checkpoint."""
+        return self.pending.state() if self.pending is not None else None
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        self.pending = Pending.load(state) if state is not None else None
 
     def experts(self, pairs: Sequence[tuple[Problem, Demo]], numbers: Sequence[int] | None = None) -> list[Row]:
         """Demonstrations as graded members of a group: no token of them was drawn. Their point is `expert`."""

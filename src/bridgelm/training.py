@@ -33,6 +33,7 @@ from bridgelm.progress import Progress
 from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
 from bridgelm.teacher import Teacher
+from bridgelm.training_ahead import ask_ahead
 from bridgelm.types import Metrics, Problem, Row
 from bridgelm.verify import build_verifier
 
@@ -144,6 +145,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         data.load(state["data"])
         ledger.load(state["ledger"])
         session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
+        roll.load(state.get("ahead"))
     if config.diagnose.every:
         session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step)
     folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters)
@@ -180,6 +182,7 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
     found: list[Metrics] = []
     try:
         rows = method.gather(session.data, roll, session.step)
+        ask_ahead(method, session.data, roll, session.step)
         rows, drift = roll.settle(rows)
         policy.factor = method.rate(session.step)
         gathered = time.perf_counter()
@@ -235,17 +238,16 @@ def probe(session: Session) -> None:
 
 
 def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
-    roll = session.roll
     with session.policy.origin("live") as live:
-        return measure(live if model is None else Origin(model), roll.engine, session.chat, roll.grader, problems,
-                       session.config, samples)
+        return measure(live if model is None else Origin(model), session.roll.engine, session.chat,
+                       session.roll.grader, problems, session.config, samples)
 
 
 def save(session: Session) -> None:
     session.display.state("saving")
     checkpoint.save(session.path, session.step, session.policy, {
         "method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
-        "best": session.best, "said": sorted(session.said)})
+        "best": session.best, "said": sorted(session.said), "ahead": session.roll.state()})
     session.folder.set_status("running", **peak_device_memory())
 
 

@@ -41,6 +41,11 @@ class Noisy:
     def noise(c: Completion) -> np.ndarray:
         return np.sin(np.arange(len(c.ids)) + c.ids)
 
+    def start(self, origin: Origin, requests: Sequence[Request],
+              sampling: Sampling) -> Callable[[], list[Completion]]:
+        found = self.generate(origin, requests, sampling)
+        return lambda: found
+
     def sleep(self) -> None:
         self.slept += 1
 

@@ -33,6 +33,7 @@ class Recorder:
     """A backend that answers 5, 6, 7, ... and remembers what it was asked."""
 
     max_length = 64
+    elsewhere = False
 
     def __init__(self) -> None:
         self.calls: list[str] = []

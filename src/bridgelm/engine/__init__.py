@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridgelm import dist
 from bridgelm.engine.base import Engine, Origin, Request, Sampling
 from bridgelm.engine.native import NativeEngine
+from bridgelm.errors import UserError
 
 if TYPE_CHECKING:
     from bridgelm.chat import Chat
@@ -19,6 +21,9 @@ def open_engine(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
     """The engine of a run. `exchange`: a folder for weights on their way to another program."""
     if config.rollout.engine == "native":
         return NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    if dist.world() > 1:
+        raise UserError("rollout.engine: vLLM serves one training process yet; start one, or set rollout.engine = "
+                        "'native'")
     from bridgelm.engine.vllm import InProcess, VllmEngine
     from bridgelm.engine.vllm_server import Server
 

@@ -49,11 +49,22 @@ class Engine(Protocol):
         """A completion a request, in order. An engine that knows early which are done says so while it goes on."""
         ...
 
+    def start(self, origin: Origin, requests: Sequence[Request],
+              sampling: Sampling) -> Callable[[], list[Completion]]:
+        """Takes up the weights as they are now; what it gives waits for the completions. An engine with a device of its
+        own works in between."""
+        ...
+
     def sleep(self) -> None:
         """Gives its memory to the trainer; it wakes by itself when it is asked for completions."""
         ...
 
     def close(self) -> None: ...
+
+
+def spent(requests: Sequence[Request], completions: Sequence[Completion]) -> int:
+    """Tokens for the ledger: every distinct prompt once, and what was drawn."""
+    return sum(len(p) for p in {tuple(r.prompt.tolist()) for r in requests}) + sum(len(c.ids) for c in completions)
 
 
 def stopped(ids: Sequence[int], stop: tuple[str, ...], text: Callable[[Any], str]) -> bool:

@@ -45,6 +45,11 @@ class NativeEngine:
             model.train(training)
         return [made[i] for i in range(len(requests))]
 
+    def start(self, origin: Origin, requests: Sequence[Request],
+              sampling: Sampling) -> Callable[[], list[Completion]]:
+        found = self.generate(origin, requests, sampling)
+        return lambda: found
+
     def sleep(self) -> None:
         """It holds no weights of its own, and its caches are gone."""
 

@@ -11,7 +11,8 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from bridgelm.chat import Chat, model_path
 from bridgelm.config import RunConfig
-from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
+from bridgelm.engine.base import Done, Origin, Request, Sampling, spent, stopped
 from bridgelm.engine.exchange import write_adapter
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
@@ -47,6 +48,7 @@ class Backend(Protocol):
     """Where vLLM runs. Sampling parameters are those of vLLM, by name."""
 
     max_length: int  # tokens of a prompt and its answer
+    elsewhere: bool  # on a device of its own
 
     def wake(self) -> None: ...
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
@@ -71,17 +73,37 @@ class VllmEngine:
         self.held: tuple[int, int] | None = None  # version of the weights that it has
         self.base = low_rank  # whether its weights without an adapter are those of the model's folder
         self.syncs = 0
+        self.workers = ThreadPoolExecutor(1)
+        self.running: Future[list[Completion]] | None = None
 
     def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
                  done: Done | None = None) -> list[Completion]:
-        rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
-        asked = [i for i, room in enumerate(rooms) if room > 0]
-        if not asked:
-            return [Completion(np.empty(0, np.int64), np.empty(0), np.empty(0), False) for _ in requests]
+        found = self.start(origin, requests, sampling)()
+        if ledger is not None:
+            ledger.generate += spent(requests, found)
+        return found
+
+    def start(self, origin: Origin, requests: Sequence[Request],
+              sampling: Sampling) -> Callable[[], list[Completion]]:
+        self._join()
         self.backend.wake()
         self._sync(origin)
+        if not self.backend.elsewhere:  # its device is the trainer's too
+            found = self._draw(requests, sampling)
+            return lambda: found
+        self.running = self.workers.submit(self._draw, requests, sampling)
+        return self.running.result
+
+    def _join(self) -> None:
+        """Weights are replaced only when nothing is being drawn."""
+        if self.running is not None:
+            self.running.result()
+
+    def _draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
+        asked = [i for i, room in enumerate(rooms) if room > 0]
         prompts = [requests[i].prompt.tolist() for i in asked]
-        needed = max(len(prompt) + rooms[i] for prompt, i in zip(prompts, asked, strict=True))
+        needed = max((len(prompt) + rooms[i] for prompt, i in zip(prompts, asked, strict=True)), default=0)
         if needed > self.backend.max_length:
             raise UserError(f"rollout.vllm.max_length: a prompt and its answer may need {needed} tokens, over vLLM's "
                             f"{self.backend.max_length}; raise it (on a server: --max-model-len), or lower "
@@ -90,8 +112,6 @@ class VllmEngine:
         answers = [self._cut(answer, sampling.stop) for answer in answers]
         raw = self._raw(prompts, answers, sampling)
         made = {i: _completion(answer, logps, sampling) for i, answer, logps in zip(asked, answers, raw, strict=True)}
-        if ledger is not None:  # as the native engine counts: a prompt once
-            ledger.generate += sum(len(p) for p in {tuple(p) for p in prompts}) + sum(len(a.ids) for a in answers)
         empty = Completion(np.empty(0, np.int64), np.empty(0), np.empty(0), False)
         return [made.get(i, empty) for i in range(len(requests))]
 
@@ -100,6 +120,7 @@ class VllmEngine:
             self.held = None
 
     def close(self) -> None:
+        self.workers.shutdown()
         self.backend.close()
 
     def _sync(self, origin: Origin) -> None:
@@ -148,6 +169,8 @@ def adapter_rank(config: RunConfig) -> int:
 
 class InProcess:
     """vLLM in this process, on the trainer's device. It is opened when it is first needed."""
+
+    elsewhere = False
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.rank = config, adapter_rank(config)

@@ -28,6 +28,8 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logpr
 
 
 class Server:
+    elsewhere = True
+
     def __init__(self, config: RunConfig, folder: Path) -> None:
         assert config.rollout.server is not None
         self.url, self.folder = config.rollout.server.rstrip("/"), folder.absolute()

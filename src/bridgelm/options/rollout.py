@@ -33,10 +33,18 @@ class RolloutConfig(Strict):
     # min(correction, p_trainer / p_engine); 2 is that of Yao et al. 2025. 0: no correction.
     correction: Annotated[float, Field(ge=0)] = 2.0
     mismatch_warning: Rate = 0.01  # KL(engine || trainer) a token, in nats, from which on a run warns
+    ahead: bool = False  # ask for a step's answers before the update of the step before: docs/engines.md
     max_rows: Count = 512  # decoded at once by the native engine
     updates: Count = 1  # optimiser steps a rollout batch is split into
     refill: Annotated[int, Field(ge=0)] = 0  # dynamic sampling: further draws to replace groups without spread
     mask_overlong: bool = False  # leave completions that hit the limit out of the loss
+
+    @model_validator(mode="after")
+    def _refills_are_further_draws(self) -> RolloutConfig:
+        if self.ahead and self.refill:
+            raise ValueError("ahead: refills depend on the answers before them; set rollout.refill = 0, or "
+                             "rollout.ahead = false")
+        return self
 
     @model_validator(mode="after")
     def _a_server_is_vllms(self) -> RolloutConfig:
