@@ -158,7 +158,7 @@ def test_a_device_elsewhere_draws_meanwhile(raw: Raw) -> None:
     class Slow:
         max_length, elsewhere = 64, True
 
-        def wake(self) -> None: ...
+        def wake(self, model: Any) -> None: ...
         def load(self, named: Any) -> None:
             calls.append("load")
 

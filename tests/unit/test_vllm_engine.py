@@ -41,7 +41,7 @@ class Recorder:
         self.asked: list[tuple[list[int], dict[str, Any]]] = []
         self.forgets, self.logp = False, -0.5
 
-    def wake(self) -> None:
+    def wake(self, model: Any) -> None:
         self.calls.append("wake")
 
     def load(self, named: Any) -> None:
@@ -253,6 +253,8 @@ def test_under_an_adapter_the_base_is_kept_in_sleep(raw: Raw, policy: Any, fake:
     ask(engine, trained)
     assert backend.llm.settings["load_format"] == "auto"
     assert backend.llm.settings["max_lora_rank"] == 8
+    assert backend.llm.settings["lora_target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj",
+                                                           "up_proj", "v_proj"]
     engine.sleep()
     ask(engine, trained)
     trained._stale = True
@@ -266,9 +268,10 @@ def test_under_an_adapter_the_base_is_kept_in_sleep(raw: Raw, policy: Any, fake:
 
 
 def test_its_length_is_within_the_models(raw: Raw, fake: None) -> None:
+    model = SimpleNamespace(named_modules=dict, get_output_embeddings=lambda: None)
     for given, length in (({}, 128), ({"vllm": {"max_length": 77}}, 77)):
         backend = InProcess(config(raw, **given))  # 1024 + 6, and the model has 128 positions
-        backend.wake()
+        backend.wake(model)
         assert backend.max_length == length
 
 

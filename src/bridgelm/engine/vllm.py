@@ -50,7 +50,10 @@ class Backend(Protocol):
     max_length: int  # tokens of a prompt and its answer
     elsewhere: bool  # on a device of its own
 
-    def wake(self) -> None: ...
+    def wake(self, model: Any) -> None:
+        """Makes it ready; `model` is of the kind that it is to draw from."""
+        ...
+
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
     def adapt(self, adapter: Adapter) -> None: ...
     def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]: ...
@@ -86,7 +89,7 @@ class VllmEngine:
     def start(self, origin: Origin, requests: Sequence[Request],
               sampling: Sampling) -> Callable[[], list[Completion]]:
         self._join()
-        self.backend.wake()
+        self.backend.wake(origin.model)
         self._sync(origin)
         if not self.backend.elsewhere:  # its device is the trainer's too
             found = self._draw(requests, sampling)
@@ -167,6 +170,13 @@ def adapter_rank(config: RunConfig) -> int:
     return config.model.lora_rank and config.model.lora_rank + max(getattr(p, "rank", 0) for p in parts(config.method))
 
 
+def _linear(model: Any) -> list[str]:
+    """The last names of its linear layers, but for the output head."""
+    head = model.get_output_embeddings()
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                   if isinstance(module, torch.nn.Linear) and module is not head})
+
+
 class InProcess:
     """vLLM in this process, on the trainer's device. It is opened when it is first needed."""
 
@@ -181,9 +191,9 @@ class InProcess:
         self.asleep = False
         self.can_sleep = config.rollout.vllm.sleep and torch.cuda.is_available()
 
-    def wake(self) -> None:
+    def wake(self, model: Any) -> None:
         if self.llm is None:
-            self.llm = self._open()
+            self.llm = self._open(model)
             self.max_length = self.llm.model_config.max_model_len
         elif self.asleep:
             gc.collect()
@@ -191,7 +201,7 @@ class InProcess:
             self.llm.wake_up()
             self.asleep = False
 
-    def _open(self) -> Any:
+    def _open(self, trained: Any) -> Any:
         # The iterator of the weights cannot go to another process; and no usage statistics are sent.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -199,6 +209,8 @@ class InProcess:
         self.vllm = import_module("vllm")
         model, rollout, own = self.config.model, self.config.rollout, self.config.rollout.vllm
         lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
+                # Not the head: no adapter of ours is on it, and vLLM's fails where prompts are scored.
+                "lora_target_modules": _linear(trained),
                 "max_lora_rank": next((r for r in RANKS if r >= self.rank), self.rank)} if self.rank else {}
         try:
             return self.vllm.LLM(

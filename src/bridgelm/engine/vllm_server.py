@@ -36,7 +36,7 @@ class Server:
         self.rank, self.dtype = adapter_rank(config), getattr(torch, config.model.dtype)
         self.name, self.adapted, self.max_length = "", False, 0
 
-    def wake(self) -> None:
+    def wake(self, model: Any) -> None:
         """The first time looks whether the server is one that this engine can use."""
         if self.name:
             return
