@@ -12,7 +12,7 @@ help:
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
 	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
-	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (10 minutes; writes results/vllm.json)"
+	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (20 minutes; writes results/vllm.json)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
 
 # Two stamps: the demo needs no development tools. An existing .venv is kept and brought up to date.
