@@ -107,16 +107,7 @@ def evaluate(name: str, chosen: dict[str, Suite], out: Path, wanted: Wanted, fol
 
 
 def open_model(name: str, wanted: Wanted) -> Opened:
-    path = Path(name)
-    facts: dict[str, Any] = {"name": name}
-    if (path / "run.json").exists():
-        source = model_folder(path, wanted.which)
-        config = load_config(path / "config.json").model
-        config = config.model_copy(update={"name_or_path": str(source), "revision": None})
-        facts |= {"run": str(path), "which": wanted.which, "run_commit": (read_json(path / "run.json") or {})["commit"]}
-    else:
-        default = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
-        config = ModelConfig.model_validate({"name_or_path": name, "dtype": default})
+    config, facts = resolve(name, wanted.which)
     if wanted.dtype:
         config = ModelConfig.model_validate(config.model_dump() | {"dtype": wanted.dtype})
     chat = load_chat(config)
@@ -125,6 +116,19 @@ def open_model(name: str, wanted: Wanted) -> Opened:
               "parameters": sum(p.numel() for p in model.parameters()), "engine": "native",
               "system_prompt": config.system_prompt}
     return Opened(model, chat, facts)
+
+
+def resolve(name: str, which: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """How the model of a run is opened, or any other, and what is known of its origin."""
+    path = Path(name)
+    if not (path / "run.json").exists():
+        default = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
+        return ModelConfig.model_validate({"name_or_path": name, "dtype": default}), {"name": name}
+    config = load_config(path / "config.json").model
+    config = config.model_copy(update={"name_or_path": str(model_folder(path, which)), "revision": None,
+                                       "chat_template": None})  # the saved tokenizer has it
+    return config, {"name": name, "run": str(path), "which": which,
+                    "run_commit": (read_json(path / "run.json") or {})["commit"]}
 
 
 def weights_digest(config: ModelConfig) -> str:
