@@ -44,7 +44,7 @@ LAYERS = [
     ["credit", "losses", "mismatch", "cooperation", "hints", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
-     "benchmark_*", "probe", "training", "training_*", "demonstrations"],
+     "benchmark_*", "harness", "probe", "training", "training_*", "demonstrations"],
     ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]
