@@ -272,13 +272,18 @@ def test_a_run_is_evaluated_from_python_with_its_own_settings(raw: Callable[...,
                                                              sums_folder: Path) -> None:
     import bridgelm
 
-    run = bridgelm.train(raw("sft", steps=1, checkpoint_every=0), quiet=True)
+    template = sums_folder / "own.jinja"
+    template.write_text("{% for m in messages %}<user> <user> {{ m['content'] }} {% endfor %}<bot> ")
+    config = raw("sft", steps=1, checkpoint_every=0, model={"chat_template": str(template)})
+    run = bridgelm.train(config, quiet=True)
+    template.unlink()  # the saved tokenizer has it
     records = sums_folder / "suites.toml"
     records.write_text('[sums]\ntitle = "Sums"\nfile = "sums.jsonl"\nitems = [6]\nmax_new_tokens = 4\n')
     found = bridgelm.benchmark(run.path, ["sums"], suite_folder=sums_folder, own_suites=records, prompt="bare")
     (result,) = found["models"].values()
     facts = result["sums"]["model"]
     assert (facts["run"], facts["dtype"], facts["which"]) == (str(run.path), "float64", "final")
+    assert result["sums"]["first_prompt"]["text"].startswith("<user> <user> sum")
     assert (run.path / "eval" / "sums.samples.jsonl").is_file()
     with pytest.raises(UserError, match="promt"):
         bridgelm.benchmark(run.path, ["sums"], promt="bare")
