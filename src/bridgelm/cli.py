@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bridgelm import __version__, cli_demos, cli_eval
+from bridgelm import __version__, cli_demos, cli_eval, cli_plan
 from bridgelm.errors import UserError
 
 EXAMPLES = """examples:
@@ -104,6 +104,8 @@ def _add_reading(commands: Any) -> None:
     check.add_argument("--suite", type=_names, metavar="A,B,...",
                        help="with --data: look for items of these benchmarks among the training problems")
     check.add_argument("--suite-folder", type=Path, metavar="DIR", help="local copies of them (default: from the hub)")
+
+    cli_plan.takes(_command(commands, "plan", cli_plan.run, "the memory and the time of a run on a GPU"), _count)
 
     from bridgelm import cli_grade
 

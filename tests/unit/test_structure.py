@@ -45,7 +45,8 @@ LAYERS = [
     ["methods"],
     ["stats", "sinks", "metrics", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
      "benchmark_*", "harness", "probe", "training", "training_*", "demonstrations"],
-    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight"],
+    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight",
+     "planning", "planning_*", "model_shapes"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]
 FREE = {"__init__", "__main__"}  # the package's front door reaches everything, lazily

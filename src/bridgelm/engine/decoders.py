@@ -61,8 +61,9 @@ class FastDecoder:
         return self.model.lm_head(hidden[:, -1])
 
     def select(self, rows: Tensor) -> None:
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        for cache in (self.keys, self.values):
+            for layer, kept in enumerate(cache):  # one at a time: never two whole caches
+                cache[layer] = kept.index_select(0, rows)
         self.start_B = self.start_B.index_select(0, rows)
         self.mask = None if self.mask is None else self.mask.index_select(0, rows)
 

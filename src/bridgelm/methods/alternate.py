@@ -25,6 +25,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class Alternate(Method):
     tier = "derived"
+    gradients = 2
     form = Form(data="rollouts, then demos", demo="1", rollout="PPO", controller="one after the other",
                 models="none")
     needs = frozenset({"demos"})

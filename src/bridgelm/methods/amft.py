@@ -45,6 +45,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row
 @final
 class Amft(Method):
     tier = "derived"
+    gradients = 3
     form = Form(data="rollouts + demos; at times rollouts on validation problems", demo="mu", rollout="(1 - mu) PPO",
                 controller="mu by <g_val, g_SFT - g_RL> and entropy", models="none; reference with rl.kl_coef")
     needs = frozenset({"demos", "val"})

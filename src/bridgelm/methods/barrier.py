@@ -44,6 +44,7 @@ SUMS = ("c", "n_sft", "n_rl", "n_rl_squared", "weight", "weight_squared")
 @final
 class Barrier(Method):
     tier = "experimental"
+    gradients = 2
     form = Form(data="rollouts + demos", demo="1/(1 + eta)", rollout="nu PPO/(1 + eta)",
                 controller="nu from <g_SFT, g_RL> and two half-batches", models="none")
     needs = frozenset({"demos"})

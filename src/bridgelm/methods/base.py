@@ -55,6 +55,7 @@ class Method(ABC):
     tier: ClassVar[Tier]
     form: ClassVar[Form]
     needs: ClassVar[frozenset[str]] = frozenset()
+    gradients: ClassVar[int] = 1  # of the size of theta and w, that it holds at the same time
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         self.options, self.run = options, run

@@ -55,6 +55,7 @@ PATIENCE = 50  # steps without a third term before saying so
 @final
 class Bridge(Method):
     tier = "derived"
+    gradients = 3
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda constant or linear", models="shadow, low-rank w")
     needs = frozenset({"demos"})

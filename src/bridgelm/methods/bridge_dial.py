@@ -51,6 +51,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class BridgeDial(Method):
     tier = "experimental"
+    gradients = 3
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda by the slope of reward along theta - shadow", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})

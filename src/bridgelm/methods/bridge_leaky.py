@@ -52,6 +52,7 @@ ROUNDING = 1e-5  # a third term this small beside RL's own is what the differenc
 @final
 class BridgeLeaky(Method):
     tier = "experimental"
+    gradients = 4
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="w's rate by the agreement of half-batches", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})

@@ -37,6 +37,7 @@ from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row
 @final
 class Gta(Method):
     tier = "derived"
+    gradients = 2
     form = Form(data="rollouts; the label in the guess", demo="1 (label)", rollout="PPO (not the guess)",
                 controller="RL alone where cos(g_SFT, g_RL) < 0", models="reference with rl.kl_coef (.01)")
     needs = frozenset({"labels"})

@@ -49,6 +49,7 @@ TEXT = 120  # characters of a demonstration that are kept for the report
 @final
 class TokenLead(Method):
     tier = "experimental"
+    gradients = 2
     form = Form(data="rollouts + demos", demo="mu s/(1 + mu), s = exp(eta alignment), mean 1",
                 rollout="PPO/(1 + mu)", controller="s by two looks ahead along RL's gradient",
                 models="mean RL gradient")

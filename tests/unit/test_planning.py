@@ -1,0 +1,129 @@
+"""Plans: bytes by what they are for, against counts by hand, and what is said of a run that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridgelm import model_shapes, planning, planning_time
+from bridgelm.cli import main
+from bridgelm.config import ModelConfig, make_config
+from bridgelm.optim import SharedMoments, build
+
+PUBLISHED = {"Qwen/Qwen2.5-0.5B": 0.49, "Qwen/Qwen2.5-1.5B": 1.54, "Qwen/Qwen2.5-3B": 3.09, "Qwen/Qwen2.5-7B": 7.61,
+             "Qwen/Qwen3-1.7B-Base": 1.7, "Qwen/Qwen3-4B-Base": 4.0, "Qwen/Qwen3-8B-Base": 8.2,
+             "meta-llama/Llama-3.2-1B-Instruct": 1.23, "meta-llama/Llama-3.2-3B-Instruct": 3.21,
+             "meta-llama/Llama-3.1-8B-Instruct": 8.03}
+
+
+@pytest.fixture
+def need(raw: Callable[..., dict[str, Any]]) -> Callable[..., planning.Need]:
+    return lambda method, **sections: planning.memory(make_config(raw(method, **sections)))
+
+
+def test_the_table_has_the_published_sizes() -> None:
+    assert model_shapes.shapes().keys() == PUBLISHED.keys()
+    for name, billions in PUBLISHED.items():
+        model = planning.empty_model(ModelConfig.model_validate({"name_or_path": name, "dtype": "bfloat16"}))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02), name
+
+
+@pytest.mark.parametrize(("dtype", "method", "standing"), [
+    ("float32", "grpo", 4 + 8),  # the weights are their own masters; Adam's two moments
+    ("bfloat16", "grpo", 2 + 4 + 8),
+    ("bfloat16", {"name": "grpo", "rl": {"kl_coef": 0.1}}, 2 + 4 + 8 + 4),  # a reference beside
+    ("bfloat16", "barrier", 2 + 4 + 8)])
+def test_bytes_a_weight(dtype: str, method: Any, standing: int, need: Callable[..., planning.Need]) -> None:
+    found = need(method, model={"dtype": dtype})
+    assert found.standing == standing * found.parameters
+
+
+def test_a_shadow_costs_its_weights_and_a_momentum(need: Callable[..., planning.Need]) -> None:
+    """And w, rank 2, on the two layers' seven matrices: (rows + columns) each, with Adam's moments."""
+    found = need({"name": "bridge", "rank": 2}, model={"dtype": "bfloat16"})
+    d, kv, inner = 16, 8, 32
+    w = 2 * 2 * (2 * (d + d) + 2 * (d + kv) + 3 * (d + inner))
+    assert found.parts["standing/w"] == 4 * w
+    assert found.parts["standing/shadow"] == 4 * found.parameters
+    assert found.parts["standing/optimiser"] == 8 * (found.parameters + w) + 4 * found.parameters
+    assert found.parts["train/gradients kept"] == 3 * 4 * (found.parameters + w)
+
+
+def test_the_states_counted_are_the_states_kept(session: Callable[..., Any]) -> None:
+    from bridgelm import training
+
+    one = session({"name": "bridge", "rank": 2})
+    training.take_step(one)
+    for named in one.policy.optimisers.values():
+        sizes = [sum(v.numel() == p.numel() and v.dim() > 0 for v in named.optimiser.state[p].values())
+                 for p in named.optimiser.param_groups[0]["params"] if p.numel() > 1]
+        assert set(sizes) == {planning.STATES[type(named.optimiser).__name__]}
+    assert {type(n.optimiser).__name__ for n in one.policy.optimisers.values()} == {"AdamW", SharedMoments.__name__}
+    assert type(build("sgd", one.policy.groups["theta"].flat().values(), one.config.optim, 1.0)).__name__ == "SGD"
+
+
+def test_adapters_train_no_whole_weights(need: Callable[..., planning.Need]) -> None:
+    found = need("grpo", model={"dtype": "bfloat16", "lora_rank": 1})
+    assert found.parts["train/gradients kept"] == found.parts["standing/masters"] < found.parameters
+    matrices = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)  # of the frozen base, beside those with the adapters
+    assert found.parts["standing/weights"] == 2 * (found.parameters + matrices)
+
+
+def test_checkpointing_and_smaller_pieces_cost_less(need: Callable[..., planning.Need]) -> None:
+    short = {"max_prompt_tokens": 64, "max_demo_tokens": 64}
+    whole = need("grpo", data=short, batch={"micro_tokens": 8192}).parts["train/activations"]
+    half = need("grpo", data=short, batch={"micro_tokens": 4096}).parts["train/activations"]
+    assert half == pytest.approx(whole / 2, rel=0.1)
+    again = need("grpo", data=short, batch={"micro_tokens": 8192}, model={"gradient_checkpointing": True})
+    assert again.parts["train/activations"] < 0.7 * whole
+
+
+def test_keys_and_values_by_hand(need: Callable[..., planning.Need]) -> None:
+    found = need("grpo", data={"max_prompt_tokens": 100}, rollout={"max_new_tokens": 28}, model={"dtype": "bfloat16"})
+    rows, width, layers, heads, size = 16, 128, 2, 2, 4
+    assert found.parts["generate/keys and values"] == 2 * layers * heads * size * rows * width * 2
+
+
+def test_a_sequence_needs_what_its_largest_stage_does(need: Callable[..., planning.Need]) -> None:
+    stages = [{"method": {"name": "sft"}, "steps": 2}, {"method": {"name": "bridge", "rank": 2}}]
+    assert need({"name": "sequence", "stages": stages}).peak == need({"name": "bridge", "rank": 2}).peak
+
+
+PLAN = """steps = 10
+[model]
+name_or_path = "Qwen/Qwen3-8B-Base"
+dtype = "bfloat16"
+[data]
+train = "{data}"
+[method]
+name = "grpo"
+[rollout]
+max_new_tokens = 3072
+"""
+
+
+def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    file = tmp_path / "run.toml"
+    file.write_text(PLAN.format(data=tmp_path / "train.jsonl"))
+    assert main(["plan", str(file), "--gpu", "h200"]) == 0
+    printed = capsys.readouterr().out
+    assert "IT DOES NOT FIT. It would" in printed and "no GPU was measured" in printed
+    overrides = next(line for line in printed.splitlines() if line.startswith("    bridgelm plan")).split()[3:]
+    assert len({key.partition("=")[0] for key in overrides}) == len(overrides)
+    assert main(["plan", str(file), *overrides, "--gpu", "h200"]) == 0
+    assert "  it fits" in capsys.readouterr().out
+    assert main(["plan", str(file), "--gpu", "h300"]) == 2
+    assert "choose from rtx4090" in capsys.readouterr().err
+
+
+def test_more_cards_and_shorter_answers_take_less_time(raw: Callable[..., dict[str, Any]]) -> None:
+    config = make_config(raw("grpo", rollout={"prompts": 64, "group": 8, "max_rows": 64}))
+    need, card = planning.memory(config), planning_time.CARDS["h100"]
+    one, four = (planning_time.seconds(config, need, card, gpus, 0.3) for gpus in (1, 4))
+    assert one.train == pytest.approx(4 * four.train)
+    assert one.generate == pytest.approx(4 * four.generate)
+    assert planning_time.seconds(config, need, card, 1, 0.6).train > one.train
