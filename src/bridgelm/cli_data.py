@@ -8,6 +8,7 @@ from bridgelm import contamination, methods_info
 from bridgelm.chat import load_chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data, check_lengths, load_splits, with_teacher
+from bridgelm.data_splits import TOY
 from bridgelm.errors import UserError
 from bridgelm.suites import Items
 from bridgelm.teacher_ids import Reader
@@ -34,7 +35,8 @@ def check_data(config: RunConfig, suites: Sequence[Items] = ()) -> str:
     lines += [f"  note: {note}" for note in splits.notes]
     if suites:
         given = [*splits.train, *splits.demos, *splits.validation]
-        given += () if config.data.test else splits.test  # held out of the file that was given for training
+        if config.data.test is None and not config.data.train.startswith(TOY):
+            given += splits.test  # held out of the file that was given for training
         lines += ["benchmark items among the training problems, demonstrations and validation problems:",
                   contamination.report(contamination.overlaps(given, suites))]
     return "\n".join(lines)

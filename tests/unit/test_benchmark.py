@@ -389,6 +389,12 @@ def test_a_short_item_is_found_whole_only() -> None:
     assert contamination.overlaps([task("So what is 2 + 3? Say it.", "t")], [items])[0].same == ()
 
 
+def test_the_embedded_tasks_own_test_set_is_not_called_training_data(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "toy" / "grpo.toml"
+    assert main(["check", str(recipe), "--data", "--suite", "toy:hops"]) == 0
+    assert "toy:hops      0 of 500 items are there" in capsys.readouterr().out
+
+
 @real
 def test_limr_holds_500_items_of_math_and_none_of_math500(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "limr.toml"
