@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types learn harness study vllm clean install
+.PHONY: help demo test lint types learn dist harness study vllm clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
 	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make harness  lm_eval's numbers on our models against our own code, in .venv-lm-eval (5 minutes)"
+	@echo "make dist   every method on 2 and 4 processes, resumes, killed ranks (minutes; writes results/dist.json)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
 	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (20 minutes; writes results/vllm.json)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
@@ -36,7 +37,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/bridgelm compare recipes/toy/bridge.toml --methods bridge,grpo,cold_start --seeds 1 --out runs/demo
 
 test: lint types $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --ignore=tests/learn --ignore=tests/harness \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not dist" --ignore=tests/learn --ignore=tests/harness \
 	  --ignore=tests/real_vllm
 
 lint: $(VENV)/.installed-dev
@@ -57,6 +58,8 @@ learn: $(VENV)/.installed-dev
 
 harness: .venv-lm-eval/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest -q tests/harness
+dist: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m dist tests/dist
 
 study: $(VENV)/.installed
 	$(BIN)/python benchmarks/study.py run

@@ -14,7 +14,7 @@ from bridgelm.types import Batch, Micro, Row
 
 
 def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> Batch:
-    """Counts every stream's denominator over all ranks before anything is split: a wrong denominator is one of the two
+    """Counts every stream's denominator before anything is split: a wrong denominator is one of the two
     bugs that spoilt the SFT baselines of many papers."""
     counts: dict[str, float] = {}
     for row in rows:
@@ -22,7 +22,7 @@ def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> B
             tokens = float(stream.mask.sum())
             share = {"token": tokens, "row": float(tokens > 0), "constant": stream.constant}[stream.norm]
             counts[name] = counts.get(name, 0.0) + row.times * share
-    return Batch(tuple(rows), dist.total(counts), stats or {})
+    return Batch(tuple(rows), counts, stats or {})
 
 
 def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
@@ -57,6 +57,25 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
         else:
             parts[where.setdefault((row.at, row.group), len(where)) % 2].append(row)
     return replace(batch, rows=tuple(parts[0])), replace(batch, rows=tuple(parts[1]))
+
+
+def mine(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:
+    """This rank's micro-batches. The largest are halved until every rank has as many, if there are rows enough."""
+    micros, ranks = plan(rows, budget, skip), dist.world()
+    while len(micros) % ranks and len(largest := max(micros, key=len)) > 1:
+        place, half = micros.index(largest), len(largest) // 2
+        micros[place:place + 1] = [largest[:half], largest[half:]]
+    return [micros[i] for i in dist.share(len(micros))]
+
+
+def exchange(values: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, np.ndarray]]:
+    """What each rank found out about its rows, by name and index of the row: of all ranks."""
+    found = dist.gather({f"{name}/{i}": array for name, arrays in values.items() for i, array in arrays.items()})
+    out: dict[str, dict[int, np.ndarray]] = {name: {} for name in values}
+    for key, array in found.items():
+        name, _, i = key.rpartition("/")
+        out[name][int(i)] = array
+    return out
 
 
 def plan(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:

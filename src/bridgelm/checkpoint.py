@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from bridgelm import dist
 from bridgelm.chat import Chat
 from bridgelm.errors import UserError
 from bridgelm.metrics import read_json, write_json
@@ -26,7 +27,14 @@ from bridgelm.policy import Policy
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
-def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> Path:
+def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
+    """Every rank holds all of it; the first writes it."""
+    if dist.first():
+        _write(run, step, policy, state)
+    dist.wait()
+
+
+def _write(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
     """Written beside and renamed into place: a kill at any moment leaves the older one or the newer one."""
     folder = run / "checkpoints"
     target, draft = folder / f"step-{step:06d}", folder / f".draft-{os.getpid()}"
@@ -44,7 +52,6 @@ def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> Path
     for other in folder.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
-    return target
 
 
 def newest(run: Path) -> Path | None:
@@ -81,16 +88,22 @@ def _random_state() -> dict[str, Any]:
 
 def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
     """The merged live model as a plain Hugging Face folder, swapped in as a whole. It stops where training stopped."""
+    with policy.at("live") as model:
+        if dist.first():
+            _write_model(model, chat, folder)
+    dist.wait()
+
+
+def _write_model(model: Any, chat: Chat, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}-draft")
     shutil.rmtree(draft, ignore_errors=True)
-    with policy.at("live") as model:
-        settings = model.generation_config
-        settings.eos_token_id, settings.pad_token_id = sorted(chat.eos_ids), chat.pad_id
-        try:
-            settings.validate(strict=True)
-        except ValueError:  # as some models come: sampling settings without sampling, which transformers will not save
-            settings.temperature = settings.top_p = settings.top_k = None
-        model.save_pretrained(draft)
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id = sorted(chat.eos_ids), chat.pad_id
+    try:
+        settings.validate(strict=True)
+    except ValueError:  # as some models come: sampling settings without sampling, which transformers will not save
+        settings.temperature = settings.top_p = settings.top_k = None
+    model.save_pretrained(draft)
     chat.tokenizer.save_pretrained(draft)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)

@@ -149,6 +149,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run_train(args: argparse.Namespace) -> None:
+    if "RANK" in os.environ:
+        from bridgelm import dist
+
+        with dist.joined():
+            return _train(args, dist.restarted())
+    return _train(args)
+
+
+def _train(args: argparse.Namespace, restarted: bool = False) -> None:
     from bridgelm import preflight
     from bridgelm.config import load_config
 
@@ -163,11 +172,12 @@ def run_train(args: argparse.Namespace) -> None:
     else:
         if args.file is None:
             raise UserError("train: name a TOML file, or --resume RUN; `bridgelm init` writes a starter file")
-        config = preflight.ready(load_config(args.file, args.overrides))
+        config = preflight.ready(load_config(args.file, args.overrides), restarted)
         from bridgelm import training
 
         run = training.train(config, quiet=args.quiet)
-    print(f"{run}\nnext: bridgelm report {run.path}   or   bridgelm export {run.path} OUT")
+    if _first():
+        print(f"{run}\nnext: bridgelm report {run.path}   or   bridgelm export {run.path} OUT")
 
 
 def run_compare(args: argparse.Namespace) -> None:
@@ -247,18 +257,26 @@ def run_init(args: argparse.Namespace) -> None:
     print(f"wrote {args.path}\nnext: change the lines marked <--, then  bridgelm check {args.path} --data")
 
 
+def _first() -> bool:
+    """Whether this process speaks for all that torchrun started; they tell each other of errors."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         args.act(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if _first():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         # Training stops with a checkpoint and says where it lies; anything else has nothing to go on with.
         path = stop.args[0] if stop.args else None
-        print(f"interrupted; go on with: bridgelm train --resume {path}" if path else "interrupted", file=sys.stderr)
+        if _first():
+            say = f"interrupted; go on with: bridgelm train --resume {path}" if path else "interrupted"
+            print(say, file=sys.stderr)
         return 130
     except BrokenPipeError:  # `bridgelm methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

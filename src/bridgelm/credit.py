@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -73,6 +73,11 @@ def group_advantages(rows: Sequence[Row], std: bool = False,
 def spread(rows: Sequence[Row]) -> dict[int, bool]:
     """Whether a group's rewards differ, which is what it can teach with."""
     return {rows[g[0]].group: len({rows[i].reward for i in g}) > 1 for g in groups_of(rows) if g}
+
+
+def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """A name without any value is left out."""
+    return {name: float(np.mean(v)) for name, v in values.items() if v.size}
 
 
 def schedule(kind: str, start: float, end: float, progress: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import batching, grads, optim
+from bridgelm import batching, dist, grads, optim
 from bridgelm.config import OptimConfig
 from bridgelm.forward import Soft, Target, forward, soft_targets
 from bridgelm.grads import Gradient
@@ -101,8 +101,9 @@ class Policy(Weights):
         for name, p in self.params.items():
             p.requires_grad_(name in wanted)
         out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
+        idle = batching.idle(batch.rows, list(coef))
         with self.at(at):
-            for indices in batching.plan(batch.rows, self.micro_tokens, batching.idle(batch.rows, list(coef))):
+            for indices in batching.mine(batch.rows, self.micro_tokens, idle):
                 rows = [batch.rows[i] for i in indices]
                 micro = batching.collate(rows, self.master, self.device, batch.stats)
                 targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
@@ -121,11 +122,22 @@ class Policy(Weights):
                 self._keep(out.logps, indices, rows, live.logp_BT)
                 if live.entropy_BT is not None:
                     self._keep(out.entropies, indices, rows, live.entropy_BT)
-                self.ledger.train += sum(len(row.ids) for row in rows)
+        tokens = sum(len(row.ids) for i, row in enumerate(batch.rows) if i not in idle)
+        self.ledger.train += tokens
+        self.ledger.score += tokens if soft else 0
+        self._complete(out)
         return out
 
+    @staticmethod
+    def _complete(out: Grads) -> None:
+        """From what this rank's micro-batches gave to what all of them did."""
+        sums = torch.tensor(list(out.losses.values()), dtype=torch.float64)
+        dist.add([*out.theta.values(), *out.w.values(), sums])
+        out.losses = dict(zip(out.losses, sums.tolist(), strict=True))
+        found = batching.exchange({"logps": out.logps, "entropies": out.entropies})
+        out.logps, out.entropies = found["logps"], found["entropies"]
+
     def _soft_targets(self, micro: Micro, weights: Mapping[str, Tensor], target: Target) -> Soft:
-        self.ledger.score += int(micro.pad_BT.sum())
         with self.holding(weights) as model:
             return soft_targets(model, micro, target)
 
@@ -157,7 +169,7 @@ class Policy(Weights):
         logps: dict[int, np.ndarray] = {}
         entropies: dict[int, np.ndarray] = {}
         with self.at(at):
-            for indices in batching.plan(rows, self.micro_tokens, set()):
+            for indices in batching.mine(rows, self.micro_tokens, set()):
                 chosen = [rows[i] for i in indices]
                 micro = batching.collate(chosen, self.master, self.device, {})
                 live = forward(self.model, micro, entropy)
@@ -165,7 +177,8 @@ class Policy(Weights):
                 if live.entropy_BT is not None:
                     self._keep(entropies, indices, chosen, live.entropy_BT)
         self.ledger.score += sum(len(row.ids) for row in rows)
-        return [logps[i] for i in range(len(rows))], [entropies[i] for i in range(len(rows)) if entropy]
+        found = batching.exchange({"logps": logps, "entropies": entropies})
+        return [v for _, v in sorted(found["logps"].items())], [v for _, v in sorted(found["entropies"].items())]
 
     def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None) -> float:
         """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place.

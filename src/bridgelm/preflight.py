@@ -24,9 +24,11 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.out) / config.name
 
 
-def ready(config: RunConfig) -> RunConfig:
-    """The configuration, if nothing in it can be seen to fail."""
+def ready(config: RunConfig, restarted: bool = False) -> RunConfig:
+    """The configuration, if nothing in it can be seen to fail. Restarted processes have a run folder already."""
     check_static(config)
+    if restarted:
+        return absolute(config)
     folder = run_folder(config)
     if (folder / "result.json").exists():
         raise UserError(f"{folder}: this run exists and is finished: see `bridgelm report {folder}`, or take "

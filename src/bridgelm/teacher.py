@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import batching
+from bridgelm import batching, dist
 from bridgelm.chat import Chat
 from bridgelm.config import ModelConfig, RunConfig
 from bridgelm.forward import forward
@@ -43,7 +43,8 @@ class Teacher:
 
     def keep(self, folder: Path, step: int) -> None:
         """Where to keep what it says of demonstrations, in a run that goes on from a step."""
-        self.cache = Cache(folder, step)
+        if dist.first():
+            self.cache = Cache(folder, step)
 
     @property
     def model(self) -> Any:
@@ -65,19 +66,20 @@ class Teacher:
         shown = [self.reader.shown(row) for row in rows]
         mine = [Row(s.ids, s.taught, row.kind, row.problem, temperature=row.temperature)
                 for row, s in zip(rows, shown, strict=True)]
-        out = [np.full(len(row.ids), np.nan) for row in rows]
+        said: dict[int, np.ndarray] = {}
         first = next(self.model.parameters())
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         silent = {i for i, s in enumerate(shown) if not s.taught.any()}
-        for indices in batching.plan(mine, self.micro_tokens, silent):
+        for indices in batching.mine(mine, self.micro_tokens, silent):
             micro = batching.collate([mine[i] for i in indices], wide, first.device, {})
             logps_BT = forward(self.model, micro).logp_BT.clamp(min=IMPOSSIBLE).cpu().numpy()
             if np.isnan(logps_BT).any():
                 raise FloatingPointError("the teacher's logits are not finite")
             for b, i in enumerate(indices):
-                out[i] = self.reader.placed(rows[i], shown[i], logps_BT[b, :len(shown[i].ids)])
+                said[i] = self.reader.placed(rows[i], shown[i], logps_BT[b, :len(shown[i].ids)])
         self.ledger.teacher += sum(len(row.ids) for i, row in enumerate(mine) if i not in silent)
-        return out
+        said = batching.exchange({"said": said})["said"]
+        return [said[i] if i in said else np.full(len(row.ids), np.nan) for i, row in enumerate(rows)]
 
     def remembered(self, rows: Sequence[Row], step: int) -> list[np.ndarray]:
         """The same, from the disk where it was said before."""
@@ -85,13 +87,14 @@ class Teacher:
             self._name = fingerprint(self.config)
         keys = [key_of(self._name, s.ids, s.taught, row.temperature)
                 for row, s in ((row, self.reader.shown(row)) for row in rows)]
-        found = self.cache.get(keys)
+        found = dist.gather(self.cache.get(keys) if dist.first() else {})
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
         if missing:
             said = dict(zip(missing, self.score(list(missing.values())), strict=True))
             wide = np.float64 if self.config.dtype == "float64" else np.float32  # what they were computed in
             new = {key: logps[missing[key].own].astype(wide) for key, logps in said.items()}
-            self.cache.put(step, new)
+            if dist.first():
+                self.cache.put(step, new)
             found |= new
         return [_spread(row, found[key]) for row, key in zip(rows, keys, strict=True)]
 

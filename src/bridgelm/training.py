@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import checkpoint, mismatch
+from bridgelm import checkpoint, dist, mismatch
 from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
@@ -26,7 +23,7 @@ from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model, peak_device_memory
 from bridgelm.methods import METHODS, Method
 from bridgelm.methods.base import check_needs
-from bridgelm.metrics import RunFolder
+from bridgelm.metrics import Follower, RunFolder, clean
 from bridgelm.policy import Policy
 from bridgelm.probe import Probe
 from bridgelm.progress import Progress
@@ -34,16 +31,9 @@ from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
 from bridgelm.teacher import Teacher
 from bridgelm.training_ahead import ask_ahead
+from bridgelm.training_signals import Interrupted, stoppable
 from bridgelm.types import Metrics, Problem, Row
-from bridgelm.verify import build_verifier
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped; `path` is the run folder to go on with."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self.path = path
+from bridgelm.verify.ranked import shared_verifier
 
 
 @dataclass
@@ -77,19 +67,31 @@ class Session:
 
 def train(config: RunConfig, quiet: bool = False) -> Run:
     """Trains as the configuration says and returns the run."""
-    return _train(config, Path(config.out) / config.name, False, quiet)
+    path = Path(config.out) / config.name
+    with dist.joined():
+        if dist.restarted() and dist.from_first(lambda: _begun(config, path)):
+            return resume(path, quiet)
+        dist.wait()  # nobody looks for the run folder any more
+        return _train(config, path, False, quiet)
+
+
+def _begun(config: RunConfig, path: Path) -> bool:
+    """Whether a run folder is what processes that died have left of this very run."""
+    return (path / "config.json").exists() and Run(path).config == clean(config.resolved())
 
 
 def resume(path: Path, quiet: bool = False) -> Run:
     """Goes on with a run folder from its newest checkpoint; a finished run is returned as it is."""
-    run = Run(path)
-    return run if run.status == "finished" else _train(load_config(Path(path) / "config.json"), Path(path), True, quiet)
+    with dist.joined():
+        if dist.from_first(lambda: Run(path).status) == "finished":
+            return Run(path)
+        return _train(load_config(Path(path) / "config.json"), Path(path), True, quiet)
 
 
 def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
-    with Progress(config.name, config.steps, quiet=quiet) as display:
+    with Progress(config.name, config.steps, quiet=quiet or not dist.first()) as display:
         display.state("reading the data")
         chat = load_chat(config.model)
         splits = check_lengths(load_splits(config), chat, config)
@@ -98,26 +100,32 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
         check_needs(method, data)
         for note in splits.notes:
             display.say(note)
-        with build_verifier(config.reward) as grader:
-            folder = RunFolder.open(path) if resumed else RunFolder.create(path, config)
-            with folder:
-                display.state("loading the model")
-                try:
-                    session = _session(config, data, chat, method, grader, folder, display)
-                except BaseException:
-                    if not resumed:  # nothing was trained: the name stays free
-                        folder.close()
-                        shutil.rmtree(path)
-                    raise
-                try:
-                    _run(session)
-                except BaseException as error:
-                    folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                    raise
-                finally:
-                    session.roll.engine.close()
-                folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
+        with shared_verifier(config.reward) as grader, _open_folder(path, config, resumed) as folder:
+            display.state("loading the model")
+            try:
+                session = _session(config, data, chat, method, grader, folder, display)
+            except BaseException:
+                if not resumed and dist.first():  # nothing was trained: the name stays free
+                    folder.close()
+                    shutil.rmtree(path)
+                raise
+            try:
+                _run(session)
+            except BaseException as error:
+                folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            finally:
+                session.roll.engine.close()
+            folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
     return Run(path)
+
+
+def _open_folder(path: Path, config: RunConfig, resumed: bool) -> RunFolder:
+    folder = Follower(path)
+    if dist.first():
+        folder = RunFolder.open(path) if resumed else RunFolder.create(path, config)
+    dist.wait()
+    return folder
 
 
 def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: Any, folder: RunFolder,
@@ -148,13 +156,15 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         roll.load(state.get("ahead"))
     if config.diagnose.every:
         session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step)
-    folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters)
+    folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters,
+                          ranks=dist.world())
+    dist.wait()
     return session
 
 
 def _run(session: Session) -> None:
     config = session.config
-    with _stoppable(session):
+    with stoppable(session):
         if session.step == 0:
             look(session)
             probe(session)
@@ -166,6 +176,7 @@ def _run(session: Session) -> None:
             if session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0):
                 look(session)
             probe(session)
+            session.stop = dist.agree(session.stop)
             due = config.checkpoint_every and session.step % config.checkpoint_every == 0
             if session.stop or due or session.step == config.steps:
                 save(session)
@@ -278,23 +289,3 @@ def _test(session: Session, model: Any = None) -> dict[str, Any]:
         hard = _measure(session, splits.hard, samples, model)
         found["hard"] = {key: value for key, value in hard.items() if key != "correct"}
     return found
-
-
-@contextmanager
-def _stoppable(session: Session) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) lets the step end, saves and stops; a second one stops at once, at the last checkpoint."""
-    def handler(number: int, frame: Any) -> None:
-        if session.stop:
-            raise Interrupted(session.path)
-        session.stop = True
-        session.display.say("stopping after this step; once more to stop at once")
-
-    try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -242,15 +242,15 @@ MUTANTS: dict[str, tuple[Swaps, str]] = {
     "sums over tokens": ((("apart.append(np.mean(", "apart.append(np.sum("),), "each_statistic"),
     "not squared": ((("(c_s - c_r) ** 2", "np.abs(c_s - c_r)"),), "each_statistic"),
     "summed log-probs": ((("-logp[stream.mask].mean()", "-logp[stream.mask].sum()"),), "each_statistic"),
-    "untrimmed": ((("trimmed(dist.gather(np.array(nlls)), trim)", "dist.gather(np.array(nlls))"),), "each_statistic"),
+    "untrimmed": ((("trimmed(np.array(nlls), trim)", "np.array(nlls)"),), "each_statistic"),
     "trimmed at one end": ((("[drop:len(values) - drop]", "[:len(values) - drop]"),), "each_statistic"),
     "not sorted": ((("np.sort(values)", "values"),), "each_statistic"),
     "three are trimmed": ((("if len(values) >= 4 else 0", "if len(values) >= 3 else 0"),), "each_statistic"),
     "advantages trimmed too": (
         (
             (
-                "variance(dist.gather(np.array(advantages)))",
-                "variance(trimmed(dist.gather(np.array(advantages)), trim))",
+                "variance(np.array(advantages))",
+                "variance(trimmed(np.array(advantages), trim))",
             ),
         ),
         "each_statistic",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bridgelm import dist
 from bridgelm.batching import collate, idle, make_batch, plan, split_rows
 from bridgelm.types import Problem, Row
 
@@ -92,44 +87,3 @@ def test_several_updates_share_whole_groups_evenly() -> None:
         assert sum(r.kind == "demo" for r in part) == 3
         assert sum(r.at == "shadow" for r in part) == 1
     assert split_rows(rows, 1) == [rows]
-
-
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What `work` returns on each of two processes that sum together."""
-    import torch.distributed as td
-
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                td.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-                (folder / f"{rank}.json").write_text(json.dumps(work(rank)))
-                td.destroy_process_group()
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_denominators_are_global_over_ranks(tmp_path: Path) -> None:
-    rows = [[row(own=3).with_stream("pg", 1.0)],
-            [row(own=5).with_stream("pg", 1.0), row("demo", own=4).with_stream("pg", 0.0)]]
-    assert on_two_ranks(lambda rank: dict(make_batch(rows[rank]).counts), tmp_path) == [{"pg": 12.0}] * 2
-
-
-def test_values_and_means_are_those_of_all_ranks(tmp_path: Path) -> None:
-    """The ranks have different numbers of values; a name without any, on either, is left out of the means."""
-    mine = [np.array([1.0, 2.0]), np.array([6.0])]
-    none = np.empty(0)
-
-    def work(rank: int) -> Any:
-        means = dist.means({"all": mine[rank], "one": mine[0] if rank else none, "none": none})
-        return [dist.gather(mine[rank]).tolist(), dist.gather(none if rank else mine[0]).tolist(), means]
-
-    assert on_two_ranks(work, tmp_path) == [[[1.0, 2.0, 6.0], [1.0, 2.0], {"all": 3.0, "one": 1.5}]] * 2
-    assert dist.gather(mine[0]).tolist() == [1.0, 2.0]
-    assert dist.means({"all": mine[0], "none": none}) == {"all": 1.5}

@@ -19,6 +19,17 @@ __all__ = ["Engine", "NativeEngine", "Origin", "Request", "Sampling", "open_engi
 
 def open_engine(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
     """The engine of a run. `exchange`: a folder for weights on their way to another program."""
+    if dist.world() == 1:
+        return _open(config, chat, exchange)
+    from bridgelm.engine.ranked import RankedEngine
+
+    if config.rollout.engine == "vllm" and config.rollout.server is None:
+        raise UserError("rollout.engine: vLLM in this process works with one process alone; name a server in "
+                        "rollout.server, or take rollout.engine = 'native'")
+    return RankedEngine(_open(config, chat, exchange), everywhere=config.rollout.server is None)
+
+
+def _open(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
     if config.rollout.engine == "native":
         return NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
     if dist.world() > 1:

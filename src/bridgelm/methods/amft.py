@@ -31,7 +31,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, grads, losses
+from bridgelm import credit, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
@@ -114,8 +114,8 @@ class Amft(Method):
         """H by the log-probs of what was drawn, and what it adds to mu."""
         o = self.options
         rows = [row for row in batch.kind("rollout") if row.at == "live" and row.old_logps is not None]
-        sums = dist.total({"sum": sum(float(-row.old_logps[row.drawn].sum()) for row in rows),  # type: ignore[index]
-                           "count": float(sum(row.drawn.sum() for row in rows))})
+        sums = {"sum": sum(float(-row.old_logps[row.drawn].sum()) for row in rows),  # type: ignore[index]
+                "count": float(sum(row.drawn.sum() for row in rows))}
         entropy = sums["sum"] / max(1.0, sums["count"])
         self.target = entropy if self.target is None else self.target
         sign = 1.0 if o.entropy_sign == "equation" else -1.0
@@ -166,5 +166,5 @@ def valued(rows: list[Row]) -> list[Row]:
 
 def reward_of(batch: Batch) -> Metrics:
     rewards = [row.reward for row in batch.rows if "val" in row.streams]
-    sums = dist.total({"sum": float(sum(rewards)), "count": float(len(rewards))})
+    sums = {"sum": float(sum(rewards)), "count": float(len(rewards))}
     return {"val_reward": sums["sum"] / max(1.0, sums["count"])}

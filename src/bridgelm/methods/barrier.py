@@ -29,7 +29,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bridgelm import batching, dist, grads
+from bridgelm import batching, grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
@@ -143,5 +143,5 @@ def mean_reward(batch: Batch) -> float:
     """Of the graded rollouts; NaN without any."""
     rewards = [row.reward for row in batch.rows
                if row.kind == "rollout" and row.at == "live" and row.verdict is not Verdict.ERROR]
-    found = dist.total({"sum": math.fsum(rewards), "count": float(len(rewards))})
+    found = {"sum": math.fsum(rewards), "count": float(len(rewards))}
     return found["sum"] / found["count"] if found["count"] else math.nan

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data, with_teacher
 from bridgelm.errors import UserError
@@ -121,10 +121,10 @@ def descend(policy: Policy, batch: Batch, terms: Any, coef: Mapping[str, float])
 
 
 def mean_over(batch: Batch, name: str, values: Mapping[int, np.ndarray]) -> float:
-    """Of a number a token, given by row index, over the tokens of a stream on all ranks; each weighs the same."""
+    """Of a number a token, given by row index, over the tokens of a stream; each weighs the same."""
     chosen = [values[i][row.streams[name].mask] for i, row in enumerate(batch.rows)
               if name in row.streams and i in values]
-    found = dist.total({"sum": float(sum(v.sum() for v in chosen)), "count": float(sum(v.size for v in chosen))})
+    found = {"sum": float(sum(v.sum() for v in chosen)), "count": float(sum(v.size for v in chosen))}
     return found["sum"] / max(1.0, found["count"])
 
 

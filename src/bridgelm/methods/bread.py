@@ -132,7 +132,7 @@ def rate(group: list[Row]) -> float:
 
 
 def groups_from(roll: Roller, pairs: list[tuple[Problem, np.ndarray]]) -> list[list[Row]]:
-    """A group of rollouts for each problem, from its prefix. A collective: every rank comes here equally often."""
+    """A group of rollouts for each problem, from its prefix."""
     size = roll.config.rollout.group
     rows = roll([problem for problem, _ in pairs], prefixes=[prefix for _, prefix in pairs for _ in range(size)])
     return [rows[i:i + size] for i in range(0, len(rows), size)]

@@ -198,7 +198,7 @@ class Bridge(Method):
         return grads.mix((1.0, placebo), (-1.0, placebo_shadow)) if self.options.third == "permuted" else gain
 
     def draws(self, what: str, step: int) -> np.random.Generator:
-        """The same on every rank and in a resumed run."""
+        """The same in a resumed run."""
         return np.random.default_rng((self.run.seed, step, zlib.crc32(what.encode())))
 
     # -- what to watch ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows
 from bridgelm.policy import Policy
@@ -58,7 +58,7 @@ class Chord(Method):
         found = policy.grad(self.terms, batch, {name: c for name, c in coef.items() if c > 0})
         p = [np.exp(found.logps[i][row.own]) for i, row in enumerate(batch.rows)
              if "nll" in row.streams and i in found.logps]
-        said = dist.means({"p": np.concatenate([*p, np.empty(0)])})
+        said = credit.means({"p": np.concatenate([*p, np.empty(0)])})
         return {"grad_norm/theta": policy.apply("theta", found.theta), "chord/mu": mu,
                 **{f"loss/{name}": value for name, value in found.losses.items()},
                 **{f"chord/{name}": value for name, value in said.items()}}

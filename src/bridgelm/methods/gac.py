@@ -28,7 +28,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows
@@ -104,7 +104,7 @@ def clip(value: float, low: float, high: float) -> float:
 
 
 def statistics(rows: Sequence[Row], logps: Sequence[np.ndarray], phi: bool, trim: float) -> dict[str, float]:
-    """Of the batch on all ranks. Every row is one number in each, whatever its length."""
+    """Every row is one number in each, whatever its length."""
     advantages, nlls, apart = [], [], []
     for row, logp in zip(rows, logps, strict=True):
         sampled = "pg" in row.streams
@@ -117,9 +117,9 @@ def statistics(rows: Sequence[Row], logps: Sequence[np.ndarray], phi: bool, trim
             advantages.append(stream.weight[stream.mask].mean())
         else:
             nlls.append(-logp[stream.mask].mean())
-    return {"s_rl": variance(dist.gather(np.array(advantages))),
-            "s_sft": variance(trimmed(dist.gather(np.array(nlls)), trim)),
-            "apart": dist.means({"apart": np.array(apart)}).get("apart", 0.0)}
+    return {"s_rl": variance(np.array(advantages)),
+            "s_sft": variance(trimmed(np.array(nlls), trim)),
+            "apart": credit.means({"apart": np.array(apart)}).get("apart", 0.0)}
 
 
 def trimmed(values: np.ndarray, share: float) -> np.ndarray:

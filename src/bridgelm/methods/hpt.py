@@ -25,7 +25,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, hints, losses
+from bridgelm import credit, hints, losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
 from bridgelm.options.gates import SOFT
@@ -100,7 +100,7 @@ class Hpt(Method):
         """Of the batch's problems, those that have rows in the stream."""
         found = {row.group for row in batch.rows if name in row.streams}
         every = {row.group for row in batch.rows if row.streams}
-        counts = dist.total({"found": float(len(found)), "every": float(len(every))})
+        counts = {"found": float(len(found)), "every": float(len(every))}
         return counts["found"] / max(1.0, counts["every"])
 
 

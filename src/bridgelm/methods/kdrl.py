@@ -24,7 +24,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import dist, losses
+from bridgelm import losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms
 from bridgelm.policy import Policy
@@ -82,7 +82,7 @@ class Kdrl(Method):
             sums["gap"] += r[taught].sum()
             sums["k2"] += (near[taught] ** 2).sum() / 2
             sums["kl"] += (np.exp(near[taught]) - near[taught] - 1).sum()  # k3: unbiased as a value
-        total = dist.total({key: float(value) for key, value in sums.items()})
+        total = {key: float(value) for key, value in sums.items()}
         below = {"kept": "drawn", "flipped": "kept", "gap": "taught", "k2": "taught", "kl": "taught",
                  "clamped": "taught"}
         return {f"kdrl/{key}": total[key] / total[n] for key, n in below.items() if total[n]}

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import dist
 from bridgelm.batching import make_batch
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
@@ -131,8 +130,8 @@ def failed(rows: Sequence[Row]) -> dict[int, Problem]:
 
 def counted(hard: int, rescued: Sequence[Row], ratios: Sequence[np.ndarray]) -> Metrics:
     """Hard prompts, those with an answer now, such answers, and the mean of their tokens' v."""
-    sums = dist.total({"hard": float(hard), "rescued": float(len({row.group for row in rescued})),
-                       "spliced": float(len(rescued)), "sum": float(sum(r.sum() for r in ratios)),
-                       "tokens": float(sum(r.size for r in ratios))})
+    sums = {"hard": float(hard), "rescued": float(len({row.group for row in rescued})),
+            "spliced": float(len(rescued)), "sum": float(sum(r.sum() for r in ratios)),
+            "tokens": float(sum(r.size for r in ratios))}
     out = {f"lspo/{name}": sums[name] for name in ("hard", "rescued", "spliced")}
     return out | ({"lspo/ratio": sums["sum"] / sums["tokens"]} if sums["tokens"] else {})

@@ -23,7 +23,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, experts, rl_coef, rl_setup, rl_terms, with_kl
 from bridgelm.policy import Grads, Policy
@@ -90,7 +90,7 @@ class Luffy(Method):
         logps = [found.logps[i][row.own] for i, row in demos if row.streams["demo"].weight.any()]
         p = np.exp(np.concatenate([*logps, np.empty(0)]))
         advantages = [float(row.streams["demo"].weight[row.own][0]) for _, row in demos]
-        return {f"luffy/{name}": value for name, value in dist.means({
+        return {f"luffy/{name}": value for name, value in credit.means({
             "demo_reward": np.array([row.reward for _, row in demos]), "demo_advantage": np.array(advantages), "p": p,
             "weight": self.options.shape * p / (p + self.options.shape) ** 2,
             "all_fail": np.array([not w for w in won.values()])}).items()}

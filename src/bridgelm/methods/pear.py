@@ -24,7 +24,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import dist, grads, losses
+from bridgelm import grads, losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, sft_rows
 from bridgelm.options import PearOptions
@@ -78,7 +78,7 @@ class Pear(Method):
             sums["cut"] += ((said < o.ratio_low) | (said > o.ratio_high)).sum()
             sums["floor"] += (log_g <= o.weight_low).sum()
             sums["ceiling"] += (log_g >= o.weight_high).sum()
-        t = dist.total({key: float(value) for key, value in sums.items()})
+        t = {key: float(value) for key, value in sums.items()}
         return {"pear/weight": t["g"] / t["n"], "pear/ess": t["g"] ** 2 / (t["n"] * t["g2"]),
                 "pear/gap": t["gap"] / max(1, t["ratio"]), "pear/cut": t["cut"] / max(1, t["ratio"]),
                 "pear/floor": t["floor"] / t["n"], "pear/ceiling": t["ceiling"] / t["n"]}

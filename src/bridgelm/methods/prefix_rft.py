@@ -11,7 +11,7 @@ rho is pi/pi_old of the policy itself on prefix tokens too, so they are scored b
 entropies as well. A group has as many rollouts as in every other method.
 
 Our reading: `continuation` = zero is the official `_v2`. The code cuts by the entropies of a micro-batch; here it is
-one threshold for all ranks, from the weights that sampled. Tokens that lose their weight still count. A prefix of no
+one threshold, from the weights that sampled. Tokens that lose their weight still count. A prefix of no
 token, or of a problem without demonstrations, makes a plain rollout.
 
 Trap: the continuation's reward has no baseline. Where all rollouts pass, every hybrid is still pushed up with A = 1,
@@ -27,7 +27,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, hints, losses
+from bridgelm import credit, hints, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
@@ -132,8 +132,8 @@ def scored(policy: Policy, rows: list[Row]) -> tuple[list[Row], list[np.ndarray]
 
 
 def threshold(entropies: np.ndarray, cut: float) -> float:
-    """Of all ranks: the least entropy of a token that keeps its weight. Equal ones are kept or lost together."""
-    everywhere = np.sort(dist.gather(entropies))
+    """The least entropy of a token that keeps its weight. Equal ones are kept or lost together."""
+    everywhere = np.sort(entropies)
     return float(everywhere[math.floor(cut * len(everywhere) + 1e-9)]) if len(everywhere) else math.inf
 
 

@@ -78,7 +78,7 @@ class Relift(Method):
         rl = policy.grad(self.terms, batch, rl_coef(self.options.rl))
         found = {"grad_norm/theta": policy.apply("theta", rl.theta)}
         found |= {f"loss/{name}": value for name, value in rl.losses.items()}
-        imitates = batch.counts.get("nll", 0.0) > 0  # a count over all ranks: they step together
+        imitates = batch.counts.get("nll", 0.0) > 0
         if imitates:
             sft = policy.grad(self.terms, batch, {"nll": 1.0})
             found |= {"grad_norm/sft": policy.apply("theta_sft", sft.theta), "loss/nll": sft.losses["nll"]}

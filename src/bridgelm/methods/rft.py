@@ -24,7 +24,6 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import dist
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, descend, sft_terms
@@ -60,7 +59,7 @@ class Rft(Method):
             counted = {i for i, row in enumerate(drawn) if o.over == "all" and self.usable(row)} - set(kept)
             aside = [row.with_stream("nll", 0.0, mask=row.drawn & (i in counted)) for i, row in enumerate(drawn)]
         chosen, self.parts = self.parts[0], self.parts[1:]
-        self.measured["rft/taught"] = dist.total({"rows": float(len(chosen))})["rows"]
+        self.measured["rft/taught"] = float(len(chosen))
         return aside + taught(chosen, data)
 
     def usable(self, row: Row) -> bool:
@@ -113,7 +112,7 @@ def taught(answers: list[Answer], data: Data) -> list[Row]:
 
 def measure(drawn: list[Row], kept: list[int]) -> Metrics:
     right = [row for row in drawn if row.verdict is Verdict.CORRECT]
-    found = dist.total({"right": float(len(right)), "kept": float(len(kept)),
-                        "solved": float(len({row.group for row in right})),
-                        "groups": float(len({row.group for row in drawn}))})
+    found = {"right": float(len(right)), "kept": float(len(kept)),
+             "solved": float(len({row.group for row in right})),
+             "groups": float(len({row.group for row in drawn}))}
     return {"rft/kept": found["kept"] / max(1.0, found["right"]), "rft/solved": found["solved"] / found["groups"]}

@@ -65,7 +65,7 @@ class Sasr(Method):
         return max(self.options.floor, self.last / below if below else 0.0)
 
     def imitates(self, step: int) -> bool:
-        """The same on every rank, and after a resume."""
+        """The same after a resume."""
         if step < self.first or self.options.rule == "blend":
             return True
         return bool(np.random.default_rng([self.run.seed % 2**63, step, DRAW]).random() < self.share())

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, experts
 from bridgelm.policy import Grads, Policy
@@ -98,7 +98,7 @@ class Srft(Method):
         right = np.array([h for i, h in mean.items()
                           if i not in demos and batch.rows[i].verdict is Verdict.CORRECT])
         sign = -1.0 if o.sft_sign == "minus" else 1.0
-        return {f"srft/{name}": value for name, value in dist.means({
+        return {f"srft/{name}": value for name, value in credit.means({
             "entropy_demo": demo, "sft_weight": o.sft * np.exp(sign * demo), "entropy_right": right,
             "right_weight": o.right * np.exp(right), "demo_reward": np.array([row.reward for row in demos.values()]),
             "demo_advantage": np.array([row.streams["pg"].weight[row.own][0] for row in demos.values()])}).items()}

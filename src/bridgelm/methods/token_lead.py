@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import dist, grads
+from bridgelm import grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
@@ -270,9 +270,7 @@ def reweighted(row: Row, factor: np.ndarray) -> Row:
 
 
 def mean(values: np.ndarray) -> float:
-    """Over the batch on all ranks."""
-    found = dist.total({"sum": float(values.sum()), "count": float(values.size)})
-    return found["sum"] / max(1.0, found["count"])
+    return float(values.sum()) / max(1, values.size)
 
 
 def rms(values: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, dist, losses
+from bridgelm import credit, losses
 from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
@@ -217,7 +217,6 @@ def measure(parts: Sequence[Sequence[Row]]) -> Metrics:
     for name, some in kinds.items():
         rewards = [row.reward for row in some if row.verdict is not Verdict.ERROR]
         sums |= {f"{name}_reward": sum(rewards), name: float(len(rewards))}
-    sums = dist.total(sums)
     found = {f"trapo/level_{i}": sums[f"level_{i}"] / sums["rows"] for i in range(len(parts))}
     found |= {f"trapo/{name}_reward": sums[f"{name}_reward"] / sums[name] for name in kinds if sums[name]}
     return found | {"trapo/repeated": sums["repeated"]}
@@ -231,5 +230,4 @@ def probabilities(batch: Batch, logps: dict[int, np.ndarray]) -> Metrics:
             for name, where in (("prefix", row.streams["nll"].weight != 0), ("own", row.drawn)):
                 sums[f"{name}_p"] += float(np.exp(logps[i][where]).sum())
                 sums[name] += float(where.sum())
-    sums = dist.total(sums)
     return {f"trapo/{name}_p": sums[f"{name}_p"] / sums[name] for name in ("prefix", "own") if sums[name]}

@@ -1,0 +1,64 @@
+"""An engine that several ranks share: each answers its part of the requests, and all get all completions.
+
+A request draws from a stream of its own, so its tokens do not depend on who answers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from bridgelm import dist
+from bridgelm.engine.base import Done, Engine, Origin, Request, Sampling
+from bridgelm.ledger import Ledger
+from bridgelm.types import Completion
+
+
+class RankedEngine:
+    def __init__(self, engine: Engine, everywhere: bool = True) -> None:
+        """Without `everywhere` only the first rank has an engine (a server, whose weights one of them sends)."""
+        self.engine, self.everywhere, self.exact = engine, everywhere, engine.exact
+
+    def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
+                 done: Done | None = None) -> list[Completion]:
+        spent = Ledger(0)
+        mine = self._mine(requests)
+        tell: Done | None = (lambda i, ids: done(mine[i], ids)) if done else None
+        made = self.engine.generate(origin, [requests[i] for i in mine], sampling, spent, tell) if mine else []
+        found, tokens = self._all(len(requests), mine, made, spent)
+        if ledger is not None:
+            ledger.generate += tokens
+        return found
+
+    def start(self, origin: Origin, requests: Sequence[Request],
+              sampling: Sampling) -> Callable[[], list[Completion]]:
+        mine = self._mine(requests)
+        waiting = self.engine.start(origin, [requests[i] for i in mine], sampling) if mine else list
+        return lambda: self._all(len(requests), mine, waiting(), Ledger(0))[0]
+
+    def _all(self, count: int, mine: Sequence[int], made: Sequence[Completion],
+             spent: Ledger) -> tuple[list[Completion], int]:
+        """Everybody's completions, and the tokens that all of them took."""
+        parts = {}
+        for i, completion in zip(mine, made, strict=True):
+            parts |= {f"{i}/ids": completion.ids, f"{i}/raw": completion.raw_logps, f"{i}/logps": completion.logps,
+                      f"{i}/finished": np.array(completion.finished)}
+        found = dist.gather(parts | {f"spent/{dist.rank()}": np.array(spent.generate)})
+        return [Completion(found[f"{i}/ids"], found[f"{i}/raw"], found[f"{i}/logps"], bool(found[f"{i}/finished"]))
+                for i in range(count)], sum(int(found[f"spent/{rank}"]) for rank in range(dist.world()))
+
+    def _mine(self, requests: Sequence[Request]) -> list[int]:
+        """Equal prompts stay together, as an engine reads one once."""
+        if not self.everywhere:
+            return list(range(len(requests))) if dist.first() else []
+        numbers: dict[bytes, int] = {}
+        which = [numbers.setdefault(r.prompt.astype(np.int64).tobytes(), len(numbers)) for r in requests]
+        share = set(dist.share(len(numbers)))
+        return [i for i, number in enumerate(which) if number in share]
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def close(self) -> None:
+        self.engine.close()

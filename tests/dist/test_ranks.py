@@ -1,0 +1,227 @@
+"""A run on several ranks is the run of one process, to rounding."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bridgelm import batching, checkpoint, dist, metrics, policy, training
+from bridgelm.config import make_config
+from bridgelm.policy import Policy
+from bridgelm.types import Problem, Row
+
+from contract.variants import VARIANTS, sections
+from .ranks import on_ranks
+
+Make = Callable[..., dict[str, Any]]
+QUICK = ["bridge", "sft", "grpo with a reference", "prefix_rft", "kdrl"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(metrics, "git_commit", lambda: None)
+
+
+def config_of(raw: Make, name: str, folder: Path, **changes: Any) -> Any:
+    model, data = raw()["model"], raw()["data"]
+    own = sections(name)
+    own = {**own, "model": {**model, **own.get("model", {})}, "data": data}
+    for key, value in changes.items():
+        own[key] = {**own.get(key, {}), **value} if isinstance(value, dict) else value
+    return make_config(raw(VARIANTS[name], folder=folder, **own))
+
+
+def fingerprint(trained: Policy) -> int:
+    """Of all weights and optimiser states, to the bit."""
+    return zlib.crc32(b"".join(t.detach().numpy().tobytes() for _, t in sorted(trained.tensors().items())))
+
+
+def run_on(count: int, config: Any, folder: Path) -> list[Any]:
+    """Trains; every rank says what it ends with."""
+    said: dict[str, Any] = {}
+    finish = training.finish
+
+    def noted(session: training.Session) -> None:
+        said.update(weights=fingerprint(session.policy), data=session.data.state(), ledger=session.policy.ledger.state(),
+                    method=zlib.crc32(json.dumps(session.method.state(), default=str).encode()))
+        said["ledger"].pop("seconds")
+        finish(session)
+
+    def work() -> Any:
+        training.finish = noted
+        training.train(config, quiet=True)
+        return {**said, "meetings": dist._State.meetings}
+
+    return on_ranks(count, work, folder)
+
+
+def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-9) -> None:
+    for a, b in zip(events(found), events(wanted), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert close(a[key], b[key], tolerance), (key, a[key], b[key])
+    one, two = (load_file(checkpoint.newest(run) / checkpoint.TENSORS) for run in (found, wanted))  # type: ignore[operator]
+    assert one.keys() == two.keys()
+    for name in one:
+        assert np.allclose(one[name].numpy(), two[name].numpy(), rtol=tolerance, atol=tolerance), name
+    states = [checkpoint.read_state(checkpoint.newest(run)) for run in (found, wanted)]  # type: ignore[arg-type]
+    for state in states:
+        state["ledger"].pop("seconds")
+    for key in states[0]:
+        assert close(states[0][key], states[1][key], tolerance), key
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds" and not k.startswith("time/")}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) or isinstance(b, float):
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+    return a == b
+
+
+def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, **changes: Any) -> None:
+    whole = config_of(raw, name, tmp_path / "whole", **changes)
+    parted = config_of(raw, name, tmp_path / "parted", **changes)
+    training.train(whole, quiet=True)
+    said = run_on(count, parted, tmp_path / "said")
+    assert "meetings" in said[0], said
+    assert all(one == said[0] for one in said), said
+    assert_same_run(tmp_path / "parted/runs/run", tmp_path / "whole/runs/run")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_ranks_are_one_process(name: str, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, name, 2, tmp_path)
+
+
+def test_a_rank_with_nothing_to_train(raw: Make, tmp_path: Path) -> None:
+    """One demonstration, two ranks; and one problem to answer."""
+    same_trajectory(raw, "joint", 2, tmp_path, batch={"demos": 1, "micro_tokens": 4096},
+                    rollout={"prompts": 1, "group": 2})
+
+
+@pytest.mark.parametrize("name", ["bridge"])
+def test_a_checkpoint_of_two_ranks_resumes_on_one(name: str, raw: Make, tmp_path: Path) -> None:
+    stop_and_go_on(raw, name, (2, 1), tmp_path)
+
+
+def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path) -> None:
+    """A signal to the last rank alone stops all of them after the same step."""
+    whole, parted = (config_of(raw, name, tmp_path / kind) for kind in ("whole", "parted"))
+    training.train(whole, quiet=True)
+    run = tmp_path / "parted/runs/run"
+    take_step = training.take_step
+
+    def signalled(session: training.Session) -> Any:
+        if session.step == 1 and dist.rank() == dist.world() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(session)
+
+    def first() -> Any:
+        training.take_step = signalled
+        training.train(parted, quiet=True)
+
+    assert on_ranks(counts[0], first, tmp_path / "first") == [{"stopped": str(run)}] * counts[0]
+    saved = checkpoint.newest(run)
+    assert saved is not None
+    assert saved.name == "step-000002"
+    assert on_ranks(counts[1], lambda: training.resume(run, quiet=True).status, tmp_path / "then") \
+        == ["finished"] * counts[1]
+    assert_same_run(run, tmp_path / "whole/runs/run")
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_one_rank_ends_all(bad: int, raw: Make, tmp_path: Path) -> None:
+    """A loss that is not finite in the micro-batches of one rank; the others learn of it instead of waiting."""
+    config = config_of(raw, "sft", tmp_path / "run")
+    forward = policy.forward
+
+    def work() -> Any:
+        if dist.rank() == bad:
+            policy.forward = lambda *args, **more: replace(live := forward(*args, **more),
+                                                           logp_BT=live.logp_BT * math.nan)
+        training.train(config, quiet=True)
+
+    found = on_ranks(2, work, tmp_path / "said")
+    assert found[0] == found[1]
+    assert "step 1: the loss is not finite" in found[0]["error"]
+    assert (metrics.read_json(tmp_path / "run/runs/run/run.json") or {})["status"] == "failed"
+
+
+def test_a_crash_of_one_rank_ends_all(tmp_path: Path) -> None:
+    def work() -> Any:
+        if dist.rank() == 1:
+            raise RuntimeError("out of memory")
+        return dist.gather({})
+
+    found = on_ranks(2, work, tmp_path)
+    assert found == [{"crash": "PeerFailed: rank 1 failed (RuntimeError: out of memory)"},
+                     {"crash": "RuntimeError: out of memory"}]
+
+
+def test_ranks_at_different_collectives_say_so(tmp_path: Path) -> None:
+    found = on_ranks(2, lambda: dist.agree(True) if dist.rank() else dist.wait(), tmp_path)
+    assert all("different collectives" in one["crash"] for one in found)
+
+
+def test_what_is_exchanged(tmp_path: Path) -> None:
+    def work() -> Any:
+        rank = dist.rank()
+        tensors = [torch.full((2, 2), 1.0 + rank), torch.full((3,), 10.0 * (1 + rank), dtype=torch.float64)]
+        dist.add(tensors)
+        arrays = dist.gather({"a": np.arange(3), "empty": np.empty(0)} if rank else {"b": np.array(True)})
+        return [[t.tolist() for t in tensors], {k: a.tolist() for k, a in sorted(arrays.items())},
+                dist.from_first(lambda: {"rank": rank}), dist.agree(rank == 1), dist.agree(False), list(dist.share(5))]
+
+    both = [[[[3.0, 3.0], [3.0, 3.0]], [30.0, 30.0, 30.0]], {"a": [0, 1, 2], "b": True, "empty": []}, {"rank": 0}, True,
+            False]
+    assert on_ranks(2, work, tmp_path) == [[*both, [0, 2, 4]], [*both, [1, 3]]]
+
+
+def test_micro_batches_are_dealt_out_evenly(raw: Make, tmp_path: Path) -> None:
+    rows = [Row(np.arange(n), np.arange(n) > 0, "demo", Problem("p", ())) for n in range(3, 9)]
+    found = on_ranks(4, lambda: batching.mine(rows, 10**6, set()), tmp_path)
+    assert sorted(i for micros in found for micro in micros for i in micro) == list(range(6))
+    assert {len(micros) for micros in found} == {1}
+
+
+# -- all of it: `make dist` ----------------------------------------------------------------------------------------
+
+@pytest.mark.dist
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_method_on_ranks(name: str, count: int, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, name, count, tmp_path)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("counts", [(2, 1), (2, 4), (1, 2)])
+@pytest.mark.parametrize("name", ["bridge", "grpo", "sequence", "sft, low-rank theta", "kdrl"])
+def test_a_checkpoint_resumes_on_any_number(name: str, counts: tuple[int, int], raw: Make, tmp_path: Path) -> None:
+    stop_and_go_on(raw, name, counts, tmp_path)
+
+
+@pytest.mark.dist
+def test_several_updates_probes_and_samples(raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, "bridge", 2, tmp_path, rollout={"updates": 2, "refill": 1}, eval={"samples": 2},
+                    diagnose={"every": 2, "problems": 4, "group": 2, "demos": 6})
