@@ -124,7 +124,8 @@ def _training(policy: Policy, config: RunConfig, gradients: int) -> dict[str, in
     own = max(policy.params[name].numel() * policy.params[name].element_size() for name in touched)
     buffers = sum(t.numel() * t.element_size() for group in groups for t in group.flat().values())
     seen = _all(policy)
-    points = [name for name in policy.groups if name not in {"theta", "w"}]
+    points = [name for name, group in policy.groups.items()  # what stands in for theta
+              if name not in {"theta", "w"} and group.flat().keys() == theta.flat().keys()]
     copy = max((seen.copy().fresh(policy.weights(point).values()) for point in points), default=0)
     return {"train/largest gradient": own, "train/gradients kept": gradients * buffers,
             "train/another point, merged": copy, **_activations(policy.model, config, touched)}

@@ -46,7 +46,7 @@ def seconds(config: RunConfig, need: Need, card: Card, gpus: int, share: float) 
     read = weights + cache * share / 2 * min(1.0, rows / max(1, min(rollout.max_rows, answers or 1)))
     token = max(read / (BANDWIDTH * card.bandwidth), 2 * n * rows * share / (TRAINING * card.flops))
     decode = waves * rollout.max_new_tokens * token if answers else 0.0
-    passes = 1 + ("standing/shadow" in need.parts)
+    passes = 1 + ("standing/shadow" in need.parts) / getattr(config.method, "shadow_every", 1)
     scored = "standing/reference" in need.parts
     work = answers * (prompt + answer) * (6 * passes + 2 * scored) * n
     work += config.batch.demos * (prompt + data.max_demo_tokens / 2) * 6 * n * ("demos" in _needs(config))

@@ -76,9 +76,9 @@ class Weights:
                 raise UserError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
         self._stale = True
 
-    def fork(self, name: str) -> None:
-        """A copy of theta under another name: the shadow, or a frozen reference."""
-        self.groups[name] = self.groups["theta"].clone()
+    def fork(self, name: str, of: str = "theta") -> None:
+        """A copy of a group under another name: the shadow, or a frozen reference."""
+        self.groups[name] = self.groups[of].clone()
 
     def copy(self, source: str, target: str) -> None:
         with torch.no_grad():

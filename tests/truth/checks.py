@@ -83,6 +83,18 @@ def every_option_of_the_step(code: Code) -> None:
         close([m["bridge/lambda"] for m in path.metrics], lams, 1e-15, "the logged lambda")
 
 
+def resting_shadow(code: Code) -> None:
+    """The shadow is passed and stepped in every n-th step; w goes on with its last gradient in between."""
+    for every, lam, steps in ((2, 0.3, 12), (3, 0.6, 11), (20, 0.5, 12)):
+        path = bridge_walk(code.bridge, Quadratic(u=0.4), lam, steps, theta=-0.5, w=0.25, beta=0.3, shadow_every=every)
+        wanted = reference_walk(Quadratic(u=0.4), [lam] * steps, 0.1, 0.3, 0, (-0.5, -0.5, 0.25), every)
+        close(path.points, wanted, 1e-14, f"shadow_every {every}")
+        passes = [e for e in path.policy.log if e[:2] == ("grad", "shadow")]
+        assert len(passes) == -(-steps // every), "a shadow that rests is not passed"
+        for k, metrics in enumerate(path.metrics):
+            assert ("loss/shadow" in metrics) == ("bridge/shadow_move" in metrics) == (k % every == 0)
+
+
 def resync(code: Code) -> None:
     """theta^ <- theta and one step: w rests where (1 - (1 - alpha)^1) = alpha of the third term is left."""
     for lam in LAMBDAS:
@@ -434,7 +446,8 @@ def shadow_reward(code: Code) -> None:
 
 
 QUADRATIC: dict[str, Callable[[Code], None]] = {
-    f.__name__: f for f in (trace, fixed_points, w_frozen, every_option_of_the_step, resync, order, spectrum)
+    f.__name__: f
+    for f in (trace, fixed_points, w_frozen, every_option_of_the_step, resting_shadow, resync, order, spectrum)
 }
 OTHERS: dict[str, Callable[[Code], None]] = {
     f.__name__: f for f in (two_prompts, degeneracy, vanished_warning, still_shadow_warning)

@@ -130,8 +130,9 @@ class Stub:
     ) -> None:
         self.groups["w"] = tensor(self.w_start)
 
-    def fork(self, name: str) -> None:
-        self.groups[name] = self.groups["theta"].clone()
+    def fork(self, name: str, of: str = "theta") -> None:
+        copy: Any = self.groups[of].clone()
+        self.groups[name] = copy if of == "theta" else Group({"x": copy})  # a gradient of w is read by its tensors
 
     def copy(self, source: str, target: str) -> None:
         self.groups[target].copy_(self.groups[source])
@@ -272,19 +273,26 @@ def bridge_walk(
 
 
 def reference_walk(
-    problem: Any, lams: list[float], lr: float, beta: float, resync_every: int = 0, start: Point = (0.0, 0.0, 0.0)
+    problem: Any,
+    lams: list[float],
+    lr: float,
+    beta: float,
+    resync_every: int = 0,
+    start: Point = (0.0, 0.0, 0.0),
+    shadow_every: int = 1,
 ) -> list[Point]:
-    """Algorithm 2 of the paper with `+` in its line 9, in plain numbers, all gradients at one snapshot (Jacobi)."""
+    """Algorithm 2 of the paper with `+` in its line 9, in plain numbers, all gradients at one snapshot (Jacobi). With
+    `shadow_every` the shadow's gradients of both are those of the last step whose number it divides."""
     theta, shadow, w = start
-    points = [start]
+    points, third = [start], 0.0
     for k, lam in enumerate(lams):
         _, s_theta, s_w = problem.sft(theta, w)
         _, r_theta, r_w = problem.rl(theta, w)
         if resync_every and k % resync_every == 0:
             shadow = new_shadow = theta + lr * r_theta
         else:
-            new_shadow = shadow + lr * problem.rl(shadow, w)[1]
-        third = problem.rl(shadow, w)[2]
+            new_shadow = shadow + lr * problem.rl(shadow, w)[1] * (k % shadow_every == 0)
+        third = problem.rl(shadow, w)[2] if k % shadow_every == 0 else third
         theta += lr * ((1 - lam) * s_theta + lam * r_theta)
         w += beta * ((1 - lam) * s_w + lam * (r_w - third))
         shadow = new_shadow

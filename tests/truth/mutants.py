@@ -62,6 +62,7 @@ APPLY_W = '        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket))
 STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))'
 STEP_SHADOW = 'policy.apply("shadow", shadow.theta)  '
 GAIN = "gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))"
+LAST_OR_NEW = "(gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))"
 JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
 KEEP = (
     ("        sft.theta.clear()  #", "        #"),
@@ -151,6 +152,13 @@ MUTANTS: dict[str, Mutant] = {
         "trace",
     ),
     # re-sync
+    "shadow_never_rests": Mutant(((LAST_OR_NEW, "(self.at_shadow(policy, batch)"),), "resting_shadow"),
+    "rest_begins_at_once": Mutant(
+        ((LAST_OR_NEW, LAST_OR_NEW.replace(" step,", " step + 1,")),), "resting_shadow"
+    ),
+    "resting_shadow_is_forgotten": Mutant(
+        ((GAIN, "gain = grads.mix((1.0, rl.w), (-1.0 if shadow.theta else 0.0, shadow.w))"),), "resting_shadow"
+    ),
     "resync_without_a_step": Mutant(
         (('            policy.apply("shadow", rl.theta)\n', "            pass\n"),), "resync"
     ),
@@ -249,7 +257,7 @@ MUTANTS: dict[str, Mutant] = {
                 '        if self.shadowed:\n            policy.fork("shadow")',
                 '        if True:\n            policy.fork("shadow")',
             ),
-            ("self.at_shadow(policy, batch) if self.shadowed else self.instead(rl)", "self.at_shadow(policy, batch)"),
+            ("                  if self.shadowed else self.instead(rl))", "        )"),
         ),
         "controls_rest",
     ),

@@ -129,19 +129,21 @@ def rests(module: ModuleType) -> None:
 
 
 def numbers(
-    problem: Any, lam: float, rho: float, steps: int, lr: float, beta: float, q: list[float], start: tuple[float, float]
+    problem: Any, lam: float, rho: float, steps: int, lr: float, beta: float, q: list[float],
+    start: tuple[float, float], shadow_every: int = 1
 ) -> list[tuple[float, float, float]]:
-    """Equations (1) to (3) in plain numbers, all from one snapshot."""
+    """Equations (1) to (3) in plain numbers, all from one snapshot; (2) and its part of h in every so many steps."""
     theta, w = start
-    shadow = theta
+    shadow, h_w = theta, 0.0
     points = [(theta, shadow, w)]
     for k in range(steps):
         _, s_theta, s_w = problem.sft(theta, w)
         _, r_theta, r_w = problem.rl(theta, w)
-        _, h_theta, h_w = problem.rl(shadow, w)
+        now = k % shadow_every == 0
+        _, h_theta, h_w = problem.rl(shadow, w) if now else (0.0, 0.0, h_w)
         new = (
             theta + lr * ((1 - lam) * s_theta + lam * r_theta),
-            shadow + lr * h_theta + rho * (theta - shadow),
+            shadow + now * (lr * h_theta + rho * (theta - shadow)),
             w + q[k] * beta * ((1 - lam) * s_w + lam * (r_w - h_w)),
         )
         theta, shadow, w = new
@@ -157,6 +159,13 @@ def path_with_equal_halves(module: ModuleType) -> None:
         close(path.points, wanted, 1e-14, f"lambda {lam}, rho {rho}")
         assert [m["bridge/agreement"] for m in path.metrics] == [1.0] * 12, "equal halves agree exactly"
         close([m["bridge/lambda"] for m in path.metrics], lam, 0.0, "the logged lambda")
+
+
+def path_of_a_resting_shadow(module: ModuleType) -> None:
+    problem, start = Curved(u=0.4, h=0.7), (-0.5, 0.25)
+    path = leaky_walk(module, problem, 0.4, 0.2, 12, start=start, shadow_every=3)
+    close(path.points, numbers(problem, 0.4, 0.2, 12, 0.1, 0.1, [1.0] * 12, start, 3), 1e-14, "every third step")
+    assert sum(e[:2] == ("grad", "shadow") for e in path.policy.log) == 4 * 2, "two halves in each fourth of the steps"
 
 
 def path_with_unequal_halves(module: ModuleType) -> None:
@@ -396,6 +405,7 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
         printed_rest,
         rests,
         path_with_equal_halves,
+        path_of_a_resting_shadow,
         path_with_unequal_halves,
         without_a_third_term,
         order_of_calls,
@@ -404,9 +414,9 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
         halves_of_any_order,
     )
 }
-LEAN = '        policy.lean("shadow", "theta", o.leak)  # before'
+LEAN = '            policy.lean("shadow", "theta", o.leak)  # before'
 STEP = 'norm = policy.apply("theta", joint)  '
-SHADOW = 'shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(o.rl), at="shadow")'
+SHADOW = 'shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(self.options.rl), at="shadow")'
 STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)'
 JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
 SIZE = "product, size = policy.dot(a, b), 0.5 * (policy.dot(a, a) + policy.dot(b, b))"
@@ -416,12 +426,15 @@ MODEL, IDLE = "updates_on_a_transformer", "without_a_third_term"
 MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "lambda_swapped": (PATH, ((JOINT, "joint = grads.mix((lam, sft.theta), (1 - lam, rl.theta))"),)),
     "theta_unweighted": (PATH, ((JOINT, "joint = grads.mix((1, sft.theta), (1, rl.theta))"),)),
-    "no_leak": ("printed_rest", ((LEAN, "        # before"),)),
+    "no_leak": ("printed_rest", ((LEAN, "            pass  # before"),)),
+    "leak_of_a_resting_shadow": ("path_of_a_resting_shadow", (
+        ("        if shadow.theta:\n" + LEAN, LEAN[4:]),)),
     "leak_away": (PATH, (('"theta", o.leak)', '"theta", -o.leak)'),)),
     "leak_to_the_new_theta": (PATH, (
-        (LEAN, "        # before"), (STEP, STEP + '; policy.lean("shadow", "theta", o.leak)  '))),
+        (LEAN, "            pass  # before"), (STEP, STEP + '; policy.lean("shadow", "theta", o.leak)  '))),
     "leak_before_the_gradient": (PATH, (
-        (LEAN, "        # before"), (SHADOW, f'policy.lean("shadow", "theta", o.leak); {SHADOW}'))),
+        (LEAN, "            pass  # before"),
+        (SHADOW, f'policy.lean("shadow", "theta", self.options.leak); {SHADOW}'))),
     "theta_leaks": ("printed_rest", (('policy.lean("shadow", "theta"', 'policy.lean("theta", "shadow"'),)),
     "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta)', "pass"),)),
     "shadow_by_rl": (MODEL, (
@@ -429,14 +442,14 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         ("        rl.theta.clear()\n", ""))),
     "shadow_gradient_at_live": (PATH, ((', at="shadow")', ")"),)),
     "shadow_gradient_late": ("order_of_calls", (
-        ("        gain =", f"        {SHADOW}\n        gain ="),)),
+        ("        gain =", "        shadow = self.at_shadow(policy, parts, rl_w)\n        gain ="),)),
     "third_term_added": ("rests", (("(-1.0, shadow.w))\n", "(1.0, shadow.w))\n"),)),
     "no_third_term": ("rests", (("gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))", "gain = rl.w"),)),
     "gate_left_out": (GATE, ((", rate=self.agreement)", ")"),)),
     "gate_scales_the_gradient_twice": (GATE, (
         (STEP_W, STEP_W.replace("(1 - lam, sft.w)", "(self.agreement * (1 - lam), sft.w)")),)),
     "gate_of_the_step_before": (GATE, (
-        ("self.compare(policy, rl_w", "before = self.agreement; self.compare(policy, rl_w"),
+        ("        shadow = gradient_or_last", "        before = self.agreement\n        shadow = gradient_or_last"),
         ("rate=self.agreement", "rate=before"))),
     "gate_unclipped_below": (GATE, (("max(self.product / self.size, 0.0)",
                                                            "(self.product / self.size)"),)),
@@ -464,7 +477,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "beta_ignored": (PATH, ()),
     "cap_ignored": (MODEL, ()),
     "taper_ignored": (MODEL, ()),
-    "no_kl_at_the_shadow": (MODEL, (("shadow_coef(o.rl)", '{"shadow": 1.0}'),)),
+    "no_kl_at_the_shadow": (MODEL, (("shadow_coef(self.options.rl)", '{"shadow": 1.0}'),)),
     "own_adam_for_the_shadow": ("without_a_leak_it_is_bridge", ()),
 }  # fmt: skip
 OF_SHADOW = {

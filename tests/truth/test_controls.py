@@ -272,7 +272,7 @@ MUTANTS: dict[str, tuple[str, tuple[str, str]]] = {
     "theta by the placebo": ("permuted", (RL, RL.replace("batch,", "with_placebo(batch),"))),
     "the shadow by the placebo": (
         "permuted",
-        ("shadow = self.at_shadow(policy, batch) if", "shadow = self.at_shadow(policy, with_placebo(batch)) if"),
+        ("lambda: self.at_shadow(policy, batch)", "lambda: self.at_shadow(policy, with_placebo(batch))"),
     ),
     "nothing permuted": ("permuted", (DEAL, "with_one")),
     "advantages turned round": ("permuted", ('streams["pg"].weight[0]', 'streams["pg"].weight[0] * -1')),
@@ -302,8 +302,14 @@ ASKED: dict[str, dict[str, Any]] = {
     "probe_every": {"probe_every": 2},
     "resync_every": {"resync_every": 1},
     "shadow_rollouts": {"shadow_rollouts": "own"},
+    "shadow_every": {"shadow_every": 2},
 }
-REFUSED = {"rl": set(ASKED), "sft": set(ASKED), "frozen": {"resync_every"}, "permuted": {"shadow_rollouts"}}
+REFUSED = {
+    "rl": set(ASKED),
+    "sft": set(ASKED),
+    "frozen": {"resync_every"},
+    "permuted": {"shadow_rollouts", "shadow_every"},
+}
 
 
 @pytest.mark.parametrize("third", ["gain", "rl", "sft", "frozen", "noise", "permuted"])
@@ -316,6 +322,15 @@ def test_a_control_refuses_what_it_does_not_have(third: str) -> None:
         else:
             run_config({"name": "bridge", "third": third, **options})
     run_config({"name": "bridge", "third": third, "preset": "paper", "exclusive": True})
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [({"name": "bridge", "resync_every": 3}, "leave out shadow_every"), ({"name": "bridge_dial"}, "must be 1")],
+)
+def test_a_shadow_that_may_not_rest(method: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        run_config({**method, "shadow_every": 2})
 
 
 def test_all_that_is_refused_is_named_at_once() -> None:

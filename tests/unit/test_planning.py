@@ -65,6 +65,17 @@ def test_the_states_counted_are_the_states_kept(session: Callable[..., Any]) -> 
     assert type(build("sgd", one.policy.groups["theta"].flat().values(), one.config.optim, 1.0)).__name__ == "SGD"
 
 
+def test_a_shadow_that_rests_takes_a_gradient_of_w_more_and_less_time(need: Callable[..., planning.Need],
+                                                                      raw: Callable[..., dict[str, Any]]) -> None:
+    methods = [{"name": "joint"}, *({"name": "bridge", "rank": 2, "shadow_every": every} for every in (1, 2))]
+    plain, every, second = (need(method) for method in methods)
+    assert second.parts["standing/shadow_w"] == second.parts["standing/w"]
+    assert second.train == every.train + second.parts["standing/w"]
+    times = [planning_time.seconds(make_config(raw(method)), found, planning_time.CARDS["h100"], 1, 0.3).train
+             for method, found in zip(methods, (plain, every, second))]
+    assert times[2] - times[0] == pytest.approx((times[1] - times[0]) / 2)
+
+
 def test_adapters_train_no_whole_weights(need: Callable[..., planning.Need]) -> None:
     found = need("grpo", model={"dtype": "bfloat16", "lora_rank": 1})
     assert found.parts["train/gradients kept"] == found.parts["standing/masters"] < found.parameters

@@ -44,7 +44,7 @@ from bridgelm import cooperation, credit, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
-from bridgelm.methods.shadow import OF_SHADOW, copy_streams, rename, shares
+from bridgelm.methods.shadow import OF_SHADOW, copy_streams, gradient_or_last, keep_gradient, rename, shares
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
@@ -72,6 +72,7 @@ class Bridge(Method):
         policy.add_w(o.rank, o.alpha, o.modules, o.exclusive)
         if self.shadowed:
             policy.fork("shadow")
+            keep_gradient(policy, o)
         policy.optimiser("theta")
         if self.shadowed and o.third != "frozen":
             shared = o.shadow_step == "shared_moments" and self.run.optim.kind == "adamw"
@@ -96,7 +97,7 @@ class Bridge(Method):
     def shadow_rows(self, rows: list[Row], roll: Roller, step: int) -> list[Row]:
         """Rollouts of the shadow on the same problems: to learn from, or now and then for an honest gain."""
         self.sampled = {}
-        every = 1 if self.options.shadow_rollouts == "own" else self.options.probe_every
+        every = self.options.shadow_every if self.options.shadow_rollouts == "own" else self.options.probe_every
         if not every or step % every:
             return []
         problems = list({row.group: row.problem for row in rows}.values())
@@ -146,9 +147,10 @@ class Bridge(Method):
             policy.apply("shadow", rl.theta)
         rl.theta.clear()
         # Still the snapshot: the gradients at the shadow do not depend on theta, and w has not moved.
-        shadow = self.at_shadow(policy, batch) if self.shadowed else self.instead(rl)
+        shadow = (gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))
+                  if self.shadowed else self.instead(rl))
         placebo_shadow = self.placebo(policy, batch, "shadow")
-        if not resync and "shadow" in policy.optimisers:  # a control may have none, or one that stays
+        if not resync and shadow.theta and "shadow" in policy.optimisers:  # it may rest, stay, or not be there
             policy.apply("shadow", shadow.theta)                                       # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         bracket = self.bracket(gain, placebo, placebo_shadow, step)  # the gain's gradient, but for the two placebos
@@ -208,7 +210,7 @@ class Bridge(Method):
         """The three terms of w's gradient, how far the shadow goes, and what its log-probs say of the gain."""
         sizes = {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_third": grads.norm(gain)}
         moves = {f"{name}_move": policy.optimisers[name].moved for name in ("theta", "shadow")
-                 if name in policy.optimisers}
+                 if name in policy.optimisers and (name == "theta" or shadow.theta)}
         if not self.shadowed:
             return sizes | moves
         sizes["norm_shadow"] = grads.norm(shadow.w)

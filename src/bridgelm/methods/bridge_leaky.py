@@ -34,6 +34,7 @@ from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
+    gradient_or_last,
     report,
     shadow_coef,
     shadow_gather,
@@ -87,17 +88,23 @@ class BridgeLeaky(Method):
         joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))
         sft.theta.clear()  # a gradient of theta is as large as the model: none is kept longer than needed
         rl.theta.clear()
-        shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(o.rl), at="shadow")
-        self.compare(policy, rl_w, shadow_w)
-        policy.lean("shadow", "theta", o.leak)  # before theta's step, and after the shadow's gradient: the snapshot
+        shadow = gradient_or_last(policy, o, step, lambda: self.at_shadow(policy, parts, rl_w))
+        if shadow.theta:
+            policy.lean("shadow", "theta", o.leak)  # before theta's step, after the shadow's gradient: the snapshot
         norm = policy.apply("theta", joint)                                                              # (1)
-        policy.apply("shadow", shadow.theta)                                                             # (2)
+        if shadow.theta:
+            policy.apply("shadow", shadow.theta)                                                         # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)                 # (3)
         rows = [row for part in parts for row in part.rows]
         found |= diagnostics(policy, rows, sft, rl, shadow, gain, o.ratio_cap)
         found |= {"lambda": lam, "agreement": self.agreement, **self.sampled}
         return report(sft, rl, shadow, norm, found)
+
+    def at_shadow(self, policy: Policy, parts: list[Batch], rl_w: list[grads.Gradient]) -> Grads:
+        shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(self.options.rl), at="shadow")
+        self.compare(policy, rl_w, shadow_w)
+        return shadow
 
     def compare(self, policy: Policy, rl_w: list[grads.Gradient], shadow_w: list[grads.Gradient]) -> None:
         """(4). Without two halves, or without a third term in either, there is nothing new to know."""

@@ -3,8 +3,9 @@ policy's rollouts, corrected by token ratios. Functions only: the equations stan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 from torch import Tensor
@@ -27,10 +28,34 @@ def shadow_setup(policy: Policy, o: Shadowed, kind: str) -> None:
     rl_setup(policy, o.rl)
     policy.add_w(o.rank, o.alpha, o.modules)
     policy.fork("shadow")
+    keep_gradient(policy, o)
     policy.optimiser("theta")
     shared = kind == "adamw"
     policy.optimiser("shadow", kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None)
     policy.optimiser("w", lr=o.beta)
+
+
+# -- a shadow that rests ---------------------------------------------------------------------------------------------
+
+LAST = "shadow_w"  # its last gradient of w: a group, so that checkpoints carry it
+
+
+def keep_gradient(policy: Policy, o: Shadowed) -> None:
+    if o.shadow_every > 1:
+        policy.fork(LAST, "w")
+
+
+def gradient_or_last(policy: Policy, o: Shadowed, step: int, gradient: Callable[[], Grads]) -> Grads:
+    """The gradient at the shadow; in a step where the shadow rests, w's part of the last one and nothing else."""
+    if o.shadow_every == 1:
+        return gradient()
+    last = {name: t.detach() for name, t in policy.groups[LAST].flat().items()}
+    if step % o.shadow_every:
+        return Grads({}, last, {}, {})
+    found = gradient()
+    for name, t in last.items():
+        t.copy_(found.w[name])
+    return found
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -98,19 +123,21 @@ def diagnostics(policy: Policy, rows: Sequence[Row], sft: Grads, rl: Grads, shad
     """The terms of w's gradient, how far theta and the shadow step, and what the shadow's log-probs on `rows` say."""
     return {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_shadow": grads.norm(shadow.w),
             "norm_third": grads.norm(gain), "theta_move": policy.optimisers["theta"].moved,
-            "shadow_move": policy.optimisers["shadow"].moved, **cooperation.diagnose(rows, shadow.logps, 0.0, cap)}
+            **({"shadow_move": policy.optimisers["shadow"].moved} if shadow.theta else {}),
+            **cooperation.diagnose(rows, shadow.logps, 0.0, cap)}
 
 
 def report(sft: Grads, rl: Grads, shadow: Grads, norm: float, found: Metrics) -> Metrics:
     """The metrics of an update, those of the shadow under the names that every report knows."""
     return {"grad_norm/theta": norm, "loss/nll": sft.losses["nll"], "loss/pg": rl.losses["pg"],
-            "loss/shadow": shadow.losses["shadow"], **{f"bridge/{name}": value for name, value in found.items()}}
+            **{f"loss/{name}": value for name, value in shadow.losses.items() if name == "shadow"},
+            **{f"bridge/{name}": value for name, value in found.items()}}
 
 
 def shadow_warnings(name: str, metrics: Metrics, use: str) -> list[str]:
     """What a user should know about the shadow, said once by the trainer. `use`: what the method needs it for."""
     out = []
-    theta, shadow = metrics["bridge/theta_move"], metrics["bridge/shadow_move"]
+    theta, shadow = metrics["bridge/theta_move"], metrics.get("bridge/shadow_move", inf)
     if metrics["bridge/norm_shadow"] > 0 and shadow < STILL * theta:  # no gradient: nothing to say about its step
         out.append(f"{name}'s shadow hardly moves by itself (under a thousandth of theta's step): {use} is not "
                    "measured against RL")

@@ -47,3 +47,4 @@ class Shadowed(LowRank):
                    "truncate"] = "taper"  # min(ratio, ratio_cap): the gradient of J_RL up to the cap
     probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
     ratio_cap: Rate = 2.0  # of `truncate`: truncation of the shadow's token ratio
+    shadow_every: Annotated[int, Field(ge=1)] = 1  # steps between the shadow's; w uses its last gradient in between

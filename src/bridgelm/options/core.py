@@ -89,14 +89,21 @@ class BridgeOptions(Shadowed):
     def _controls_ask_for_what_they_have(self) -> BridgeOptions:
         """What a control does not have cannot be asked for."""
         asked = {"probe_every": self.probe_every > 0, "resync_every": self.resync_every > 0,
-                 "shadow_rollouts": self.shadow_rollouts == "own"}
+                 "shadow_rollouts": self.shadow_rollouts == "own", "shadow_every": self.shadow_every > 1}
         refused = {"rl": (set(asked), "has no shadow"), "sft": (set(asked), "has no shadow"),
                    "frozen": ({"resync_every"}, "keeps its shadow at the start"),
-                   "permuted": ({"shadow_rollouts"}, "needs one set of rollouts to deal out the advantages of")}
+                   "permuted": ({"shadow_rollouts", "shadow_every"},
+                                "deals out the advantages of one set of rollouts for both policies in each step")}
         keys, why = refused.get(self.third, (set(), ""))
         wrong = [key for key, given in asked.items() if given and key in keys]
         if wrong:
             raise ValueError(f"third = {self.third!r} {why}: leave out {' and '.join(wrong)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_new_shadow_does_not_rest(self) -> BridgeOptions:
+        if self.resync_every and self.shadow_every > 1:
+            raise ValueError("resync_every makes the shadow anew and needs its gradient there: leave out shadow_every")
         return self
 
 
@@ -116,6 +123,13 @@ class BridgeDialOptions(Shadowed):
     eta: Annotated[float, Field(ge=0)] = 0.1  # most that logit(lambda) moves in a step
     limit: Rate = 4.0  # of |logit(lambda)|
     scales: list[Weight] = Field(default=[0.0, 0.5, 1.0, 1.5])  # of theta - shadow, tried on validation
+
+    @model_validator(mode="after")
+    def _theta_and_shadow_step_together(self) -> BridgeDialOptions:
+        if self.shadow_every > 1:
+            raise ValueError("shadow_every must be 1: theta less a shadow that rests is made of RL's steps too, and "
+                             "lambda would be turned by them; leave it out")
+        return self
 
 
 class BarrierOptions(Strict):
