@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bridgelm import dist
+from bridgelm.packing import line_up, prefix
 from bridgelm.types import Batch, Micro, Row
 
 
@@ -59,9 +60,9 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return replace(batch, rows=tuple(parts[0])), replace(batch, rows=tuple(parts[1]))
 
 
-def mine(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:
+def mine(rows: Sequence[Row], budget: int, skip: set[int], packed: bool) -> list[list[int]]:
     """This rank's micro-batches. The largest are halved until every rank has as many, if there are rows enough."""
-    micros, ranks = plan(rows, budget, skip), dist.world()
+    micros, ranks = plan(rows, budget, skip, packed), dist.world()
     while len(micros) % ranks and len(largest := max(micros, key=len)) > 1:
         place, half = micros.index(largest), len(largest) // 2
         micros[place:place + 1] = [largest[:half], largest[half:]]
@@ -78,22 +79,40 @@ def exchange(values: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[i
     return out
 
 
-def plan(rows: Sequence[Row], budget: int, skip: set[int]) -> list[list[int]]:
-    """Indices of the rows of each micro-batch: one kind each, sorted by length so that little is padding."""
+def plan(rows: Sequence[Row], budget: int, skip: set[int], packed: bool) -> list[list[int]]:
+    """Indices of the rows of each micro-batch: one kind each, of like length, and within a budget of tokens. Those are
+    padded ones, or real ones where the model takes rows packed: then rows that share a prompt stand together."""
     micros: list[list[int]] = []
     for kind in ("demo", "rollout"):
-        order = sorted((i for i, row in enumerate(rows) if row.kind == kind and i not in skip),
-                       key=lambda i: len(rows[i].ids), reverse=True)
         current: list[int] = []
-        for i in order:
-            longest = len(rows[current[0]].ids) if current else len(rows[i].ids)
-            if current and longest * (len(current) + 1) > budget:
+        size, prompts = 0, set[bytes]()
+        for i in _in_order(rows, [i for i, row in enumerate(rows) if row.kind == kind and i not in skip], packed):
+            prompt, length = _prompt(rows[i]), len(rows[i].ids)
+            padded = (len(current) + 1) * len(rows[current[0]].ids) if current else length
+            wanted = size + length - (prefix(rows[i]) if prompt in prompts else 0) if packed else padded
+            if current and wanted > budget:
                 micros.append(current)
-                current = []
+                current, wanted, prompts = [], length, set()
             current.append(i)
+            size = wanted
+            prompts.add(prompt)
         if current:
             micros.append(current)
     return micros
+
+
+def _in_order(rows: Sequence[Row], chosen: list[int], packed: bool) -> list[int]:
+    by_length = sorted(chosen, key=lambda i: len(rows[i].ids), reverse=True)
+    if not packed:
+        return by_length
+    sharing: dict[bytes, list[int]] = {}
+    for i in by_length:  # a prompt's longest row decides where all of them stand
+        sharing.setdefault(_prompt(rows[i]), []).append(i)
+    return [i for together in sharing.values() for i in together]
+
+
+def _prompt(row: Row) -> bytes:
+    return row.ids[:prefix(row)].tobytes()
 
 
 def idle(rows: Sequence[Row], terms: Sequence[str]) -> set[int]:
@@ -131,6 +150,7 @@ def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats
         taught_BT=torch.from_numpy(stack((None if row.teacher_logps is None else row.own & ~np.isnan(row.teacher_logps)
                                           for row in rows), np.bool_)).to(device),
         temperature_B=torch.tensor([row.temperature for row in rows], dtype=dtype, device=device),
+        layout=line_up(rows),
         weight={name: real(None if s is None else s.weight for s in stream) for name, stream in streams.items()},
         scale={name: real(iter(scale[name])) for name in names},
         stats=stats,

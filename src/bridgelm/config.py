@@ -82,7 +82,7 @@ class OptimConfig(Strict):
 
 class BatchConfig(Strict):
     demos: Count = 32  # demonstrations an update
-    micro_tokens: Count = 16384  # padded tokens of one forward pass
+    micro_tokens: Count = 16384  # of one forward pass; a prompt that rows share counts once, padding where there is any
 
 
 class EvalConfig(Strict):

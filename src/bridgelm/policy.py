@@ -20,6 +20,7 @@ from bridgelm.forward import Soft, Target, forward, soft_targets
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, trainable
 from bridgelm.ledger import Ledger
+from bridgelm.packing import packs
 from bridgelm.types import Batch, Live, Micro, Row
 from bridgelm.weights import Weights
 
@@ -103,7 +104,7 @@ class Policy(Weights):
         out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
         idle = batching.idle(batch.rows, list(coef))
         with self.at(at):
-            for indices in batching.mine(batch.rows, self.micro_tokens, idle):
+            for indices in batching.mine(batch.rows, self.micro_tokens, idle, packs(self.model)):
                 rows = [batch.rows[i] for i in indices]
                 micro = batching.collate(rows, self.master, self.device, batch.stats)
                 targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
@@ -169,7 +170,7 @@ class Policy(Weights):
         logps: dict[int, np.ndarray] = {}
         entropies: dict[int, np.ndarray] = {}
         with self.at(at):
-            for indices in batching.mine(rows, self.micro_tokens, set()):
+            for indices in batching.mine(rows, self.micro_tokens, set(), packs(self.model)):
                 chosen = [rows[i] for i in indices]
                 micro = batching.collate(chosen, self.master, self.device, {})
                 live = forward(self.model, micro, entropy)

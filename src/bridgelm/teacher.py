@@ -20,6 +20,7 @@ from bridgelm.config import ModelConfig, RunConfig
 from bridgelm.forward import forward
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model
+from bridgelm.packing import packs
 from bridgelm.teacher_cache import Cache, fingerprint, key_of
 from bridgelm.teacher_ids import Reader, teacher_model
 from bridgelm.types import Row
@@ -70,7 +71,7 @@ class Teacher:
         first = next(self.model.parameters())
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         silent = {i for i, s in enumerate(shown) if not s.taught.any()}
-        for indices in batching.mine(mine, self.micro_tokens, silent):
+        for indices in batching.mine(mine, self.micro_tokens, silent, packs(self.model)):
             micro = batching.collate([mine[i] for i in indices], wide, first.device, {})
             logps_BT = forward(self.model, micro).logp_BT.clamp(min=IMPOSSIBLE).cpu().numpy()
             if np.isnan(logps_BT).any():

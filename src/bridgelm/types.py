@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 Message = dict[str, str]
 
@@ -141,6 +141,32 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """Rows side by side in attention: which token of the line stands at each of its (rows x length) places."""
+
+    tokens: Tensor
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tokens of a micro-batch in one line, a prompt that rows share only once (`packing.py`)."""
+
+    ids_N: Tensor
+    position_N: Tensor
+    frames: tuple[Frame, ...]
+    place_N: Tensor  # of each token, in the frames one after the other
+    before_N: Tensor  # of each own token (by row): the token that it is predicted from
+
+    def to(self, device: device) -> Layout:
+        if device.type == "cpu":
+            return self
+        frames = tuple(Frame(f.tokens.to(device), f.rows) for f in self.frames)
+        return Layout(self.ids_N.to(device), self.position_N.to(device), frames, self.place_N.to(device),
+                      self.before_N.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Micro:
     """Padded tensors of a few rows of one kind. `scale[name]` turns a per-token loss into its summand:
     the stream's mask, divided by the row's own count where the term is a mean over rows."""
@@ -153,6 +179,7 @@ class Micro:
     teacher_BT: Tensor  # 0 where it has nothing to say
     taught_BT: Tensor  # True where it has
     temperature_B: Tensor
+    layout: Layout  # the same tokens without padding
     weight: Mapping[str, Tensor]
     scale: Mapping[str, Tensor]
     stats: Mapping[str, Any] = field(default_factory=dict)

@@ -200,7 +200,7 @@ def test_what_is_exchanged(tmp_path: Path) -> None:
 
 def test_micro_batches_are_dealt_out_evenly(raw: Make, tmp_path: Path) -> None:
     rows = [Row(np.arange(n), np.arange(n) > 0, "demo", Problem("p", ())) for n in range(3, 9)]
-    found = on_ranks(4, lambda: batching.mine(rows, 10**6, set()), tmp_path)
+    found = on_ranks(4, lambda: batching.mine(rows, 10**6, set(), False), tmp_path)
     assert sorted(i for micros in found for micro in micros for i in micro) == list(range(6))
     assert {len(micros) for micros in found} == {1}
 

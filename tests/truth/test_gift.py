@@ -199,7 +199,7 @@ def test_another_points_distribution_at_each_rows_temperature(moved: Open) -> No
     policy.micro_tokens = 10**6
     policy.grad(terms, make_batch(heated), {"nll": 1.0}, at="reference", soft=("live", lambda logq, _: logq.exp()))
     assert ledger.score - scored == sum(len(row.ids) for row in rows)
-    order = batching.plan(heated, 10**6, set())[0]
+    order = batching.plan(heated, 10**6, set(), False)[0]
     for b, i in enumerate(order):
         row = heated[i]
         tables = []

@@ -43,13 +43,13 @@ def test_plan_keeps_kinds_apart_and_every_row_once() -> None:
     rng = np.random.default_rng(0)
     rows = [row("demo" if rng.random() < 0.4 else "rollout", own=int(rng.integers(1, 30))) for _ in range(60)]
     for budget in (1, 31, 64, 200, 10**6):
-        micros = plan(rows, budget, {3, 4})
+        micros = plan(rows, budget, {3, 4}, False)
         assert sorted(i for m in micros for i in m) == [i for i in range(60) if i not in (3, 4)]
         for micro in micros:
             assert len({rows[i].kind for i in micro}) == 1
             padded = max(len(rows[i].ids) for i in micro) * len(micro)
             assert padded <= budget or len(micro) == 1
-    assert len(plan(rows, 10**6, set())) == 2
+    assert len(plan(rows, 10**6, set(), False)) == 2
 
 
 def test_idle_rows_are_those_without_any_weight() -> None:

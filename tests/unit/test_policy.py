@@ -292,7 +292,7 @@ def test_entropies_come_with_the_scores_in_one_pass(policy: MakePolicy) -> None:
 
 def naive_mean_of_means(made: Policy, rows: list[Row]) -> float:
     """The mutant: each micro-batch a mean of its own."""
-    micros = batching.plan(rows, made.micro_tokens, set())
+    micros = batching.plan(rows, made.micro_tokens, set(), False)
     means = []
     for indices in micros:
         micro = batching.collate([rows[i] for i in indices], torch.float64, torch.device("cpu"), {})

@@ -1,0 +1,116 @@
+"""A micro-batch without padding: the tokens of all rows in one line, a prompt that several rows share only once.
+
+Everything but attention looks at one token at a time, so it never sees a gap. Attention is done in frames, rows of like
+length side by side with their keys and values brought there: nothing is seen across rows, and a shared prompt gets the
+gradients of all its rows. Frames are padded on the right, where a causal mask hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridgelm.types import Frame, Layout, Row
+
+NAME = "bridgelm"  # of our attention function among those of transformers
+PACKABLE = {"qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe"}
+LIKE, SMALL = 0.7, 2048  # a frame ends where rows are shorter than this share of it, once it has so many tokens
+
+
+def packs(model: Any) -> bool:
+    """Whether a model's tokens meet in causal attention over the whole row and nowhere else."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (config.model_type in PACKABLE and kinds == {"full_attention"}
+            and not (config.model_type == "mistral" and config.sliding_window)
+            and config._attn_implementation in ("sdpa", NAME))
+
+
+def prefix(row: Row) -> int:
+    """How many tokens stand before the first own one: what rows of one problem may share."""
+    return int(row.own.argmax()) if row.own.any() else 0
+
+
+def line_up(rows: Sequence[Row]) -> Layout:
+    order = sorted(range(len(rows)), key=lambda b: len(rows[b].ids), reverse=True)
+    frames: list[list[int]] = []
+    for b in order:
+        longest = len(rows[frames[-1][0]].ids) if frames else 0
+        if not frames or (len(rows[b].ids) < LIKE * longest and longest * len(frames[-1]) >= SMALL):
+            frames.append([])
+        frames[-1].append(b)
+    starts: dict[bytes, int] = {}  # of the prompts in the line
+    ids, positions, places, tables = [], [], [], []
+    before: dict[int, np.ndarray] = {}
+    length = offset = 0
+    for frame in frames:
+        width = len(rows[frame[0]].ids)
+        table = np.empty((len(frame), width), dtype=np.int64)
+        for at, b in enumerate(frame):
+            row, cut = rows[b], prefix(rows[b])
+            key = np.asarray(row.ids[:cut], dtype=np.int64).tobytes()
+            known = cut if cut and key in starts else 0
+            if not known:
+                starts[key] = length
+            end = length + len(row.ids) - known
+            table[at, :cut] = np.arange(starts[key], starts[key] + cut)
+            table[at, known:len(row.ids)] = np.arange(length, end)
+            table[at, len(row.ids):] = end - 1
+            ids.append(row.ids[known:])
+            here = np.arange(known, len(row.ids))
+            positions.append(here)
+            places.append(offset + at * width + here)
+            before[b] = table[at, :len(row.ids) - 1][row.own[1:]]
+            length = end
+        tables.append(Frame(torch.from_numpy(table.reshape(-1)), len(frame)))
+        offset += table.size
+
+    def whole(parts: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return Layout(whole(ids), whole(positions), tuple(tables), whole(places),
+                  whole([before[b] for b in range(len(rows))]))
+
+
+def last_hidden(model: Any, layout: Layout) -> Tensor:
+    """The last hidden states (N, D) of the tokens in line."""
+    _registered()
+    model.config._attn_implementation = NAME  # the same as `sdpa` wherever nothing is packed
+    # A mask of four dimensions counts as ready made, so that transformers makes none of (N, N).
+    ready = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids_N.device)
+    return model.base_model(input_ids=layout.ids_N[None], position_ids=layout.position_N[None], attention_mask=ready,
+                            use_cache=False, packed=layout).last_hidden_state[0]
+
+
+def _registered() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+               packed: Layout | None = None, **options: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    made = []
+    for frame in packed.frames:
+        q, k, v = (_framed(x, frame) for x in (query, key, value))
+        out, _ = sdpa_attention_forward(module, q, k, v, None, **options)  # (rows, length, heads, d)
+        made.append(out.flatten(0, 1))
+    out = made[0] if len(made) == 1 else torch.cat(made)
+    return out.index_select(0, packed.place_N)[None], None
+
+
+def _framed(x: Tensor, frame: Frame) -> Tensor:
+    """(1, heads, N, d) -> (rows, heads, length, d)."""
+    x = x[0].transpose(0, 1).index_select(0, frame.tokens)
+    return x.unflatten(0, (frame.rows, -1)).transpose(1, 2)
