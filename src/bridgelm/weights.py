@@ -10,7 +10,7 @@ reference), or `guide`, which is theta with a removable w.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,8 @@ class Weights:
         self.frozen: dict[str, Tensor] = {}
         self.groups: dict[str, Group] = {}
         self.removable = False  # whether w is a guide: the live model goes without it
-        self._rebuilt = 0  # how often the live weights were
+        self._rebuilt = 0  # how often the live weights were, after a change
+        self._away = self._lent = False  # whether the model has other weights than the live ones, and will give them up
         self._drifted = False  # whether frozen weights differ from those that the model was loaded with
         if lora:
             self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
@@ -114,10 +115,13 @@ class Weights:
         there = at == "guide" if self.removable else at != "reference"
         return self.groups.get("w", Group()) if there else Group()
 
-    @torch.no_grad()
     def weights(self, at: str = "live") -> dict[str, Tensor]:
         """Merged weights in the model's dtype; tensors of their own only where something had to be computed."""
-        out = {}
+        return dict(self._merged(at))
+
+    @torch.no_grad()
+    def _merged(self, at: str) -> Iterator[tuple[str, Tensor]]:
+        """One after the other, so that each can take the place of an older one: a second copy never is in memory."""
         parts = [self._theta(at), self._w(at)]
         for name in self.params:
             whole = parts[0].full.get(name)
@@ -125,21 +129,32 @@ class Weights:
             for part in parts:
                 if name in part.low:
                     weight = weight.to(self.master) + part.delta(name)
-            out[name] = weight.detach().to(self.dtype)
-        return out
+            yield name, weight.detach().to(self.dtype)
 
     @contextmanager
     def at(self, point: str = "live") -> Iterator[Any]:
-        """The model with the weights of a point, for the length of the block."""
-        if self._stale:
-            for name, weight in self.weights("live").items():
-                self.params[name].data = weight
-            self._stale, self._rebuilt = False, self._rebuilt + 1
+        """The model with the weights of a point, for the length of the block. Those of `live` are not kept meanwhile
+        but merged again, unless the block is within one that holds others."""
         if point == "live":
+            if self._stale or self._away:
+                self._put(self._merged("live"))
+            self._rebuilt += self._stale
+            self._stale = self._away = False
             yield self.model
-            return
-        with self.holding(self.weights(point)) as model:
-            yield model
+        elif self._lent:
+            with self.holding(self._merged(point)) as model:
+                yield model
+        else:
+            stale, self._stale, self._away, self._lent = self._stale, False, False, True
+            self._put(self._merged(point))
+            try:
+                yield self.model
+            finally:
+                self._stale, self._away, self._lent = self._stale or stale, True, False
+
+    def _put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            self.params[name].data = weight
 
     @contextmanager
     def origin(self, point: str = "live") -> Iterator[Origin]:
@@ -150,14 +165,14 @@ class Weights:
             yield Origin(model, version, low)
 
     @contextmanager
-    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:
+    def holding(self, weights: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]]) -> Iterator[Any]:
         """The model with these merged weights, for the length of the block; the point `live` within it is them."""
         with self.at("live"):  # whatever is stale is rebuilt now, and not over them
             kept = {name: p.data for name, p in self.params.items()}
-        for name, weight in weights.items():
-            self.params[name].data = weight
+        lent, self._lent = self._lent, True
+        self._put(weights.items() if isinstance(weights, Mapping) else weights)
         try:
             yield self.model
         finally:
-            for name, p in self.params.items():
-                p.data = kept[name]
+            self._put(kept.items())
+            self._lent = lent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,34 @@ def test_bfloat16_models_train_on_float32_masters(policy: MakePolicy) -> None:
         assert off(t, wanted) < 1e-7
         assert off(t, start[name]) > 1.9e-4
         assert torch.equal(made.params[name].data, t.detach().to(torch.bfloat16)), "one rounding from the master"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_point_takes_the_place_of_the_live_weights(policy: MakePolicy, moved: bool) -> None:
+    """No second copy of the model is in memory, and what comes back is the live model, under its old number."""
+    made = policy("bfloat16")
+    made.add_w(2, 4.0)
+    made.fork("shadow")
+    shake(made, "shadow", "w")
+    with made.origin() as origin:
+        before, wanted = origin.version, {n: p.data.clone() for n, p in made.params.items()}
+    live = [weakref.ref(p.data.untyped_storage()) for p in made.params.values()]
+    assert all(storage() for storage in live)
+    if moved:
+        shake(made, "theta")
+    with made.at("shadow") as model:
+        assert not any(storage() for storage in live)
+        shadow = made.weights("shadow")
+        assert all(torch.equal(p.data, shadow[n]) for n, p in model.named_parameters())
+        with made.at("live"):
+            assert all(torch.equal(p.data, shadow[n]) for n, p in model.named_parameters())
+        with made.at("theta"):
+            pass
+        assert all(torch.equal(p.data, shadow[n]) for n, p in model.named_parameters()), "a block within a block"
+    with made.origin() as origin:
+        assert (origin.version == before) != moved
+        wanted = made.weights() if moved else wanted
+        assert all(torch.equal(p.data, wanted[n]) for n, p in made.params.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
