@@ -11,7 +11,9 @@ import torch
 
 from bridgelm import dist
 from bridgelm.packing import line_up, prefix
-from bridgelm.types import Batch, Micro, Row
+from bridgelm.types import Batch, Micro, Problem, Row
+
+BLANK = Row(np.zeros(2, dtype=np.int64), np.array([False, True]), "demo", Problem("", ()))
 
 
 def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> Batch:
@@ -60,13 +62,16 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return replace(batch, rows=tuple(parts[0])), replace(batch, rows=tuple(parts[1]))
 
 
-def mine(rows: Sequence[Row], budget: int, skip: set[int], packed: bool) -> list[list[int]]:
-    """This rank's micro-batches. The largest are halved until every rank has as many, if there are rows enough."""
+def mine(rows: Sequence[Row], budget: int, skip: set[int], packed: bool,
+         even: bool = False) -> list[tuple[list[int], list[Row]]]:
+    """This rank's micro-batches: indices and rows. The largest are halved until every rank has as many, if there are
+    rows enough. With `even` every rank has as many: one of no indices and a row that means nothing is put in."""
     micros, ranks = plan(rows, budget, skip, packed), dist.world()
     while len(micros) % ranks and len(largest := max(micros, key=len)) > 1:
         place, half = micros.index(largest), len(largest) // 2
         micros[place:place + 1] = [largest[:half], largest[half:]]
-    return [micros[i] for i in dist.share(len(micros))]
+    micros += [[]] * (-len(micros) % ranks if even else 0)
+    return [(micros[i], [rows[k] for k in micros[i]] or [BLANK]) for i in dist.share(len(micros))]
 
 
 def exchange(values: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, np.ndarray]]:

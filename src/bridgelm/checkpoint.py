@@ -10,15 +10,17 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from bridgelm import dist
+from bridgelm import dist, grads
 from bridgelm.chat import Chat
 from bridgelm.errors import UserError
 from bridgelm.metrics import read_json, write_json
@@ -28,30 +30,77 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
-    """Every rank holds all of it; the first writes it."""
+    """Written beside and renamed into place: a kill at any moment leaves the older one or the newer one. The first rank
+    writes what all of them hold; where weights lie in parts, each writes its own."""
+    folder = run / "checkpoints"
+    target, draft = folder / f"step-{step:06d}", folder / f".draft-{step:06d}"
     if dist.first():
-        _write(run, step, policy, state)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    dist.wait()
+    about = _write_tensors(draft, policy.tensors())
+    dist.wait()
+    if dist.first():
+        write_json(draft / STATE, {**state, **about, "step": step, "random": _random_state()})
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+        for other in folder.iterdir():
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
     dist.wait()
 
 
-def _write(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
-    """Written beside and renamed into place: a kill at any moment leaves the older one or the newer one."""
-    folder = run / "checkpoints"
-    target, draft = folder / f"step-{step:06d}", folder / f".draft-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in policy.tensors().items()}
-    save_file(tensors | {"random/torch": torch.get_rng_state()}, draft / TENSORS)
-    write_json(draft / STATE, {**state, "step": step, "random": _random_state()})
-    for path in draft.iterdir():
+def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> dict[str, Any]:
+    """This rank's file; gives what the state says of them, where there are several."""
+    parted, counts = dist.parted(), grads.rows(found)
+    names = [f"tensors-{rank:05d}-of-{dist.world():05d}.safetensors" for rank in range(dist.world())]
+    if parted or dist.first():
+        own = {name: t.detach().cpu().clone().contiguous() for name, t in found.items()
+               if dist.first() or not grads.whole(name)}
+        own |= {"random/torch": torch.get_rng_state()} if dist.first() else {}
+        path = draft / (names[dist.rank()] if parted else TENSORS)
+        save_file(own, path)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
-    for other in folder.iterdir():
-        if other != target:
-            shutil.rmtree(other, ignore_errors=True)
+    shapes = {name: [counts[name], *t.shape[1:]] if t.ndim else [] for name, t in found.items()}
+    return {"parts": {"files": names, "shapes": shapes}} if parted else {}
+
+
+class Saved(Mapping[str, Tensor]):
+    """The tensors of a checkpoint: of each, what this rank holds, however many parts it was written in. No other rows
+    are read."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        paths = [folder / name for name in about.get("files", [TENSORS])]
+        self.shapes: dict[str, list[int]] = about.get("shapes", {})
+        self.files = [safe_open(path, framework="pt") for path in paths]
+        self.where: dict[str, list[Any]] = {}
+        for file in self.files:
+            names = file.keys()
+            for name in names:
+                self.where.setdefault(name, []).append(file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [file.get_slice(name) for file in self.where[name]]
+        shape = parts[0].get_shape()
+        if not shape:
+            return self.where[name][0].get_tensor(name)
+        counts = [part.get_shape()[0] for part in parts]
+        shape = [sum(counts), *shape[1:]]
+        assert self.shapes.get(name, shape) == shape, f"{name}: the files are not of one checkpoint"
+        start, stop = (0, shape[0]) if grads.whole(name) or not dist.parted() else dist.bounds(shape[0])
+        found, at = [parts[0][:0]], 0
+        for part, count in zip(parts, counts, strict=True):
+            found.append(part[min(max(start - at, 0), count):min(max(stop - at, 0), count)])
+            at += count
+        return torch.cat(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
 
 
 def newest(run: Path) -> Path | None:
@@ -64,8 +113,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> None:
-    saved = load_file(checkpoint / TENSORS)
-    torch.set_rng_state(saved.pop("random/torch"))
+    saved = Saved(checkpoint, state.get("parts", {}))
+    torch.set_rng_state(saved["random/torch"])
     policy.load(saved)
     version, numbers, gauss = state["random"]["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -88,7 +137,7 @@ def _random_state() -> dict[str, Any]:
 
 def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
     """The merged live model as a plain Hugging Face folder, swapped in as a whole. It stops where training stopped."""
-    with policy.at("live") as model:
+    with policy.gathered("live") as model:
         if dist.first():
             _write_model(model, chat, folder)
     dist.wait()

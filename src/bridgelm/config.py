@@ -117,6 +117,7 @@ class RunConfig(Strict):
     steps: Count
     checkpoint_every: Annotated[int, Field(ge=0)] = 20  # 0: only at the end or when interrupted
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: its own default
+    shard: bool = False  # several processes: each holds a part of all weights, copies and optimiser states
     model: ModelConfig
     data: DataConfig
     method: Annotated[MethodOptions, Field(discriminator="name")]

@@ -2,12 +2,14 @@
 
 Every rank reads the same data, draws the same numbers and runs the whole method; what costs time is dealt out, and what
 comes of it is exchanged until all have all of it. A method so sees what it would see in one process, and no count is
-summed over ranks. Collectives are here and nowhere else. Before each the ranks meet: they make sure that they are at
-the same one, and learn if one of them has failed, so that no rank waits for one that will not come.
+summed over ranks. Weights may lie in parts (`held.py`): then sums over their elements are summed over ranks (`total`).
+Collectives are here, and those of torch's FSDP in blocks of `moving_parts`. Before each the ranks meet: they make sure
+that they are at the same one, and learn if one of them has failed, so that no rank waits for one that will not come.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import zlib
@@ -36,6 +38,7 @@ class PeerFailed(RuntimeError):
 class _State:
     meetings = 0
     over = False  # whether no collective can be answered any more
+    parted = False  # whether each rank holds a part of every weight
 
 
 def world() -> int:
@@ -67,12 +70,15 @@ def joined() -> Iterator[None]:
     if not launched() or td.is_initialized():
         yield
         return
+    # Its functions have as a default the group that exists when it is first imported. That group would outlive the
+    # block, and its threads abort when they end after Python.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     td.init_process_group(backend, timeout=PATIENCE)
-    _State.meetings, _State.over = 0, False
+    _State.meetings, _State.over, _State.parted = 0, False, False
     try:
         yield
         wait()  # nobody leaves while another can still fail
@@ -86,6 +92,12 @@ def joined() -> Iterator[None]:
 def share(count: int) -> range:
     """Which of `count` equal pieces of work are this rank's."""
     return range(rank(), count, world())
+
+
+def bounds(count: int) -> tuple[int, int]:
+    """Which of `count` rows are this rank's, where each has a part: the last ranks may have fewer, or none."""
+    size = -(-count // world())
+    return min(count, rank() * size), min(count, (rank() + 1) * size)
 
 
 def wait() -> None:
@@ -128,6 +140,40 @@ def add(tensors: Sequence[Tensor]) -> None:
         _guarded(td.all_reduce, flat)
         for t, found in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(found.view_as(t))
+
+
+def part(parted: bool) -> bool:
+    """Says whether each rank holds but a part of every weight from now on. In one process it never does."""
+    _State.parted = parted and world() > 1
+    return _State.parted
+
+
+def parted() -> bool:
+    return _State.parted
+
+
+def total(value: float) -> float:
+    """Of a sum over elements of weights, of which each rank has added up those that it holds."""
+    if not parted():
+        return value
+    sums = torch.tensor([value], dtype=torch.float64)
+    add([sums])
+    return float(sums)
+
+
+@contextmanager
+def moving_parts() -> Iterator[None]:
+    """A block in which torch moves parts of weights between ranks. All have to come through it alike: one that fails in
+    it cannot tell the others, which wait for its parts. It leaves, and they fail when they lose it."""
+    if not parted():
+        yield
+        return
+    _meet("parts")
+    try:
+        yield
+    except BaseException:
+        _State.over = True
+        raise
 
 
 # -- meetings ----------------------------------------------------------------------------------------------------------

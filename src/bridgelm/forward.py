@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bridgelm.packing import last_hidden, packs
+from bridgelm.packing import body_of, last_hidden, packs
 from bridgelm.types import Live, Micro
 
 CHUNK = 2**24  # logits made at once: 64 MiB in float32
@@ -69,7 +69,7 @@ def _last(model: Any, micro: Micro, where: Tensor) -> tuple[Tensor, Any]:
         return last_hidden(model, layout).index_select(0, layout.before_N), model.get_output_embeddings()
     inputs = {"input_ids": micro.ids_BT, "attention_mask": micro.pad_BT.long(), "use_cache": False}
     if model.config.model_type in PLAIN_HEAD:
-        return model.base_model(**inputs).last_hidden_state[:, :-1][where], model.get_output_embeddings()
+        return body_of(model)(**inputs).last_hidden_state[:, :-1][where], model.get_output_embeddings()
     return model(**inputs).logits[:, :-1][where], None
 
 
@@ -77,8 +77,13 @@ def _last(model: Any, micro: Micro, where: Tensor) -> tuple[Tensor, Any]:
 def soft_targets(model: Any, micro: Micro, target: Target) -> Soft:
     """From a model that has the other point's weights now; it may have others when the targets are read."""
     values_N, head = _last(model, micro, _where(micro)[1])
+    if head is None:
+        return Soft(values_N, None, target)
     bias = getattr(head, "bias", None)
-    return Soft(values_N, None if head is None else (head.weight.data, None if bias is None else bias.data), target)
+    weight, bias = head.weight.data, None if bias is None else bias.data
+    if hasattr(model, "body"):  # in parts, other weights are written into the same memory
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return Soft(values_N, (weight, bias), target)
 
 
 def forward(model: Any, micro: Micro, entropy: bool = False, soft: Soft | None = None) -> Live:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor, _foreach_add_, _foreach_mul, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+
+from bridgelm import dist
 
 Gradient = dict[str, Tensor]
 
@@ -20,9 +24,33 @@ def mix(*terms: tuple[float, Gradient]) -> Gradient:
     return dict(zip(names, out, strict=True))
 
 
+def whole(name: str) -> bool:
+    """Whether every rank holds all of it, where weights lie in parts: the A of a low-rank term, and what an optimiser
+    keeps of it; a count of steps."""
+    own, _, state = name.partition("|")
+    return own.endswith(":A") or state == "step" or own.startswith("random/")
+
+
+def rows(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many rows each tensor has, those that lie with other ranks included."""
+    own = {name: len(t) for name, t in tensors.items() if t.ndim}
+    if not dist.parted():
+        return own
+    counts = dist.gather({f"{dist.rank()}": np.array(list(own.values()))}).values()
+    return {name: count if whole(name) else int(sum(found)) for (name, count), *found in zip(own.items(), *counts)}
+
+
+def total(parts: Mapping[str, float]) -> float:
+    """Sum over parameters of what each rank found for its part."""
+    once = dist.first() or not dist.parted()
+    return dist.total(math.fsum(x for n, x in parts.items() if once or not whole(n)))
+
+
 def dot(a: Gradient, b: Gradient) -> float:
-    return math.fsum(float((a[n] * b[n]).sum()) for n in a)
+    return total({n: float((a[n] * b[n]).sum()) for n in a})
 
 
 def norm(a: Gradient) -> float:
-    return math.sqrt(math.fsum(float(x) ** 2 for x in _foreach_norm(list(a.values())))) if a else 0.0
+    if not a:
+        return 0.0
+    return math.sqrt(total({n: float(x) ** 2 for n, x in zip(a, _foreach_norm(list(a.values())), strict=True)}))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridgelm import grads
 from bridgelm.config import OptimConfig
 
 
@@ -68,18 +69,17 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
     return root.masked_fill_(state["exp_avg_sq"] == 0, math.inf)
 
 
-def last_step_norm(optimiser: torch.optim.Optimizer) -> float:
+def last_step_norm(optimiser: torch.optim.Optimizer, names: Iterable[str]) -> float:
     """Norm of the last update (weight decay aside), from the optimiser's own state: no copy of the weights is needed.
     Plain SGD keeps no trace of its gradient, so `policy.apply` measures that one itself."""
-    total = 0.0
-    for group in optimiser.param_groups:
-        for p in group["params"]:
-            state, root = optimiser.state.get(p, {}), root_moment(optimiser, p, group)
-            if root is None or "exp_avg" not in state:
-                continue
-            size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
-            total += float((state["exp_avg"] / root).norm()) ** 2 * size**2
-    return math.sqrt(total)
+    group, found = optimiser.param_groups[0], {}
+    for name, p in zip(names, group["params"], strict=True):
+        state, root = optimiser.state.get(p, {}), root_moment(optimiser, p, group)
+        if root is None or "exp_avg" not in state:
+            continue
+        size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
+        found[name] = float((state["exp_avg"] / root).norm()) ** 2 * size**2
+    return math.sqrt(grads.total(found))
 
 
 def tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

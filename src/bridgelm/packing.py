@@ -81,8 +81,13 @@ def last_hidden(model: Any, layout: Layout) -> Tensor:
     model.config._attn_implementation = NAME  # the same as `sdpa` wherever nothing is packed
     # A mask of four dimensions counts as ready made, so that transformers makes none of (N, N).
     ready = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids_N.device)
-    return model.base_model(input_ids=layout.ids_N[None], position_ids=layout.position_N[None], attention_mask=ready,
-                            use_cache=False, packed=layout).last_hidden_state[0]
+    return body_of(model)(input_ids=layout.ids_N[None], position_ids=layout.position_N[None], attention_mask=ready,
+                          use_cache=False, packed=layout).last_hidden_state[0]
+
+
+def body_of(model: Any) -> Any:
+    """All of it before the head; of a model in parts by the way through its outermost module (held.py)."""
+    return getattr(model, "body", model.base_model)
 
 
 def _registered() -> None:

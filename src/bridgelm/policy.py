@@ -51,8 +51,8 @@ class Named:
 
 class Policy(Weights):
     def __init__(self, model: Any, config: OptimConfig, ledger: Ledger, micro_tokens: int, seed: int = 0,
-                 lora: tuple[int, float, str] | None = None) -> None:
-        super().__init__(model, seed, lora)
+                 lora: tuple[int, float, str] | None = None, shard: bool = False) -> None:
+        super().__init__(model, seed, lora, shard)
         self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
@@ -99,23 +99,20 @@ class Policy(Weights):
         group, w = self._theta(at), self._w(at)
         theirs = self.weights(soft[0]) if soft else {}
         wanted = trainable((group, w))
-        for name, p in self.params.items():
-            p.requires_grad_(name in wanted)
+        self.held.train_only(wanted)
         out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
         idle = batching.idle(batch.rows, list(coef))
-        with self.at(at):
-            for indices in batching.mine(batch.rows, self.micro_tokens, idle, packs(self.model)):
-                rows = [batch.rows[i] for i in indices]
+        broken: dict[str, float] = {}
+        micros = batching.mine(batch.rows, self.micro_tokens, idle, packs(self.model), dist.parted())
+        with self.at(at), dist.moving_parts():
+            for indices, rows in micros:
                 micro = batching.collate(rows, self.master, self.device, batch.stats)
                 targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
                 live = forward(self.model, micro, entropy, targets)
-                values = terms(micro, live)
-                assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
-                parts = {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
-                loss = torch.stack(list(parts.values())).sum()
+                parts = self._parts(terms(micro, live), batch, micro, coef) if indices else {}
+                loss = torch.stack(list(parts.values())).sum() if parts else 0.0 * live.logp_BT.sum()
                 if not torch.isfinite(loss):
-                    shown = {n: float(v.detach()) for n, v in parts.items()}
-                    raise FloatingPointError(f"the loss is not finite ({shown}): stopped before the step")
+                    broken = broken or {n: float(v.detach()) for n, v in parts.items()}
                 loss.backward()
                 self._drain(((group, out.theta), (w, out.w)))
                 for n, value in parts.items():
@@ -123,6 +120,8 @@ class Policy(Weights):
                 self._keep(out.logps, indices, rows, live.logp_BT)
                 if live.entropy_BT is not None:
                     self._keep(out.entropies, indices, rows, live.entropy_BT)
+        if broken:  # said only now: in between, other ranks wait for this one's parts
+            raise FloatingPointError(f"the loss is not finite ({broken}): stopped before the step")
         tokens = sum(len(row.ids) for i, row in enumerate(batch.rows) if i not in idle)
         self.ledger.train += tokens
         self.ledger.score += tokens if soft else 0
@@ -130,10 +129,19 @@ class Policy(Weights):
         return out
 
     @staticmethod
+    def _parts(values: Mapping[str, Tensor], batch: Batch, micro: Micro,
+               coef: Mapping[str, float]) -> dict[str, Tensor]:
+        """What each term adds to the loss."""
+        assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
+        return {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
+
+    @staticmethod
     def _complete(out: Grads) -> None:
-        """From what this rank's micro-batches gave to what all of them did."""
+        """From what this rank's micro-batches gave to what all of them did. Gradients in parts are added up already,
+        but for those of what is whole on every rank."""
         sums = torch.tensor(list(out.losses.values()), dtype=torch.float64)
-        dist.add([*out.theta.values(), *out.w.values(), sums])
+        dist.add([sums, *(g for part in (out.theta, out.w) for name, g in part.items()
+                          if not dist.parted() or grads.whole(name))])
         out.losses = dict(zip(out.losses, sums.tolist(), strict=True))
         found = batching.exchange({"logps": out.logps, "entropies": out.entropies})
         out.logps, out.entropies = found["logps"], found["entropies"]
@@ -144,17 +152,14 @@ class Policy(Weights):
 
     def _drain(self, into: tuple[tuple[Group, Gradient], ...]) -> None:
         """Moves the model's gradients out, into those of the groups."""
-        for name, p in self.params.items():
-            if p.grad is not None:
-                g = p.grad.to(self.master)
-                for group, gradient in into:
-                    group.collect(gradient, name, g)
-                p.grad = None
+        for name, g in self.held.take_gradients():
+            for group, gradient in into:
+                group.collect(gradient, name, g.to(self.master))
 
     @staticmethod
     def _keep(into: dict[int, np.ndarray], indices: list[int], rows: list[Row], values_BT: Tensor) -> None:
         values = values_BT.detach().double().cpu().numpy()
-        for b, (i, row) in enumerate(zip(indices, rows, strict=True)):
+        for b, (i, row) in enumerate(zip(indices, rows)):  # none for the row of a micro-batch without any
             into[i] = values[b, :len(row.ids)]
 
     def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:
@@ -169,9 +174,9 @@ class Policy(Weights):
     def _scored(self, rows: list[Row], at: str, entropy: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
         logps: dict[int, np.ndarray] = {}
         entropies: dict[int, np.ndarray] = {}
-        with self.at(at):
-            for indices in batching.mine(rows, self.micro_tokens, set(), packs(self.model)):
-                chosen = [rows[i] for i in indices]
+        micros = batching.mine(rows, self.micro_tokens, set(), packs(self.model), dist.parted())
+        with self.at(at), dist.moving_parts():
+            for indices, chosen in micros:
                 micro = batching.collate(chosen, self.master, self.device, {})
                 live = forward(self.model, micro, entropy)
                 self._keep(logps, indices, chosen, live.logp_BT)
@@ -197,7 +202,7 @@ class Policy(Weights):
             group["lr"] = lr
         named.optimiser.step()
         named.moved = (lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD)
-                       else optim.last_step_norm(named.optimiser))
+                       else optim.last_step_norm(named.optimiser, params))
         for p in params.values():
             p.grad = None
         self._stale = self._stale or named.group in ("theta", "w")
@@ -237,6 +242,6 @@ class Policy(Weights):
                 self.frozen[n].copy_(saved[f"frozen/{n}"])
         for name, named in self.optimisers.items():
             prefix = f"optim/{name}/"
-            mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+            mine = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
             optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine)
         self._stale = True

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import credit, grads, losses
+from bridgelm import credit, dist, grads, losses
 from bridgelm.batching import halves, make_batch
 from bridgelm.checkpoint import save_model
 from bridgelm.config import RunConfig
@@ -75,7 +75,7 @@ class Probe:
         if step:
             named = roll.config.model if begun == 0 else roll.config.model.model_copy(
                 update={"name_or_path": str(start_folder(folder, begun)), "revision": None})
-            self.start = {n: p.detach() for n, p in load_model(named).named_parameters()}
+            self.start = {n: self.policy.held.cut(p.detach()) for n, p in load_model(named).named_parameters()}
 
     def due(self, step: int) -> bool:
         return step % self.config.diagnose.every == 0 or step in self.starts or step == self.config.steps
@@ -163,4 +163,5 @@ def distance(policy: Policy, start: Weights) -> tuple[float, float]:
     for name, weight in policy.weights("live").items():
         moved += float((weight.double() - start[name].double()).square().sum())
         size += float(start[name].double().square().sum())
+    moved, size = dist.total(moved), dist.total(size)
     return math.sqrt(moved), math.sqrt(moved / size) if size else math.nan

@@ -117,6 +117,7 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
             finally:
                 session.roll.engine.close()
             folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
+        dist.wait()  # until it says so to all
     return Run(path)
 
 
@@ -135,7 +136,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
-                    lora if config.model.lora_rank else None)
+                    lora if config.model.lora_rank else None, config.shard)
     engine = open_engine(config, chat, folder.path / "engine")
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None

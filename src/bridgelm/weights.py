@@ -10,24 +10,28 @@ reference), or `guide`, which is theta with a removable w.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bridgelm import dist
 from bridgelm.engine import Origin
 from bridgelm.errors import UserError
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, low_rank, stacked
+from bridgelm.held import Sharded, Whole
 
 
 class Weights:
-    def __init__(self, model: Any, seed: int = 0, lora: tuple[int, float, str] | None = None) -> None:
-        self.model, self.seed, self.lora = model, seed, lora
-        self.params: dict[str, Any] = dict(model.named_parameters())
-        first = next(iter(self.params.values()))
+    def __init__(self, model: Any, seed: int = 0, lora: tuple[int, float, str] | None = None,
+                 shard: bool = False) -> None:
+        self.held = Sharded(model) if dist.part(shard) else Whole(model)
+        self.model, self.params, self.seed, self.lora = model, self.held.params, seed, lora
+        lying = self.held.local()
+        first = next(iter(lying.values()))
         self.dtype, self.device = first.dtype, first.device
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.frozen: dict[str, Tensor] = {}
@@ -37,10 +41,11 @@ class Weights:
         self._away = self._lent = False  # whether the model has other weights than the live ones, and will give them up
         self._drifted = False  # whether frozen weights differ from those that the model was loaded with
         if lora:
-            self.frozen = {n: p.detach().clone() for n, p in self.params.items()}
+            self.frozen = {n: p.clone() for n, p in lying.items()}
             self.groups["theta"] = self._low_rank("theta", *lora)
         else:
-            masters = {n: p.detach().to(self.master).requires_grad_() for n, p in self.params.items()}
+            # A master of the model's own dtype may be the live weight itself; not in shards, which are copied over.
+            masters = {n: p.to(self.master, copy=dist.parted()).requires_grad_() for n, p in lying.items()}
             self.groups["theta"] = Group(masters)
         self._stale = True
 
@@ -55,7 +60,8 @@ class Weights:
         if not names:
             raise UserError(f"no linear layer of the model matches {pattern!r}: see model.lora_modules and "
                             "method.modules")
-        shapes = {name: self.params[name].shape for name in names}
+        lying = self.held.local()
+        shapes = {name: lying[name].shape for name in names}
         return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
 
     def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False,
@@ -137,7 +143,7 @@ class Weights:
         but merged again, unless the block is within one that holds others."""
         if point == "live":
             if self._stale or self._away:
-                self._put(self._merged("live"))
+                self.held.put(self._merged("live"))
             self._rebuilt += self._stale
             self._stale = self._away = False
             yield self.model
@@ -146,20 +152,22 @@ class Weights:
                 yield model
         else:
             stale, self._stale, self._away, self._lent = self._stale, False, False, True
-            self._put(self._merged(point))
+            self.held.put(self._merged(point))
             try:
                 yield self.model
             finally:
                 self._stale, self._away, self._lent = self._stale or stale, True, False
 
-    def _put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for name, weight in weights:
-            self.params[name].data = weight
+    @contextmanager
+    def gathered(self, point: str = "live") -> Iterator[Any]:
+        """The same, as a model that each rank can run, or write, by itself."""
+        with self.at(point), self.held.gathered() as model:
+            yield model
 
     @contextmanager
     def origin(self, point: str = "live") -> Iterator[Origin]:
         """The weights of a point to draw from, for the length of the block."""
-        with self.at(point) as model:
+        with self.gathered(point) as model:
             version = (id(self), self._rebuilt) if point == "live" else None
             low = stacked((self._theta(point), self._w(point))) if self.lora and not self._drifted else None
             yield Origin(model, version, low)
@@ -168,11 +176,11 @@ class Weights:
     def holding(self, weights: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]]) -> Iterator[Any]:
         """The model with these merged weights, for the length of the block; the point `live` within it is them."""
         with self.at("live"):  # whatever is stale is rebuilt now, and not over them
-            kept = {name: p.data for name, p in self.params.items()}
+            kept = self.held.kept()
         lent, self._lent = self._lent, True
-        self._put(weights.items() if isinstance(weights, Mapping) else weights)
+        self.held.put(weights.items() if isinstance(weights, Mapping) else weights)
         try:
             yield self.model
         finally:
-            self._put(kept.items())
+            self.held.put(kept.items())
             self._lent = lent

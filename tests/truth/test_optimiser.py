@@ -165,7 +165,7 @@ def test_shared_moments_is_adams_step() -> None:
         step = 0.03 * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
         wanted = wanted * (1 - 0.03 * 0.1) - step
         assert torch.allclose(shadow, wanted, rtol=1e-13, atol=0)
-        assert optim.last_step_norm(second) == pytest.approx(float(step.norm()), rel=1e-12)
+        assert optim.last_step_norm(second, ["x"]) == pytest.approx(float(step.norm()), rel=1e-12)
         assert float((shadow.detach() - before * (1 - 0.003)).norm()) == pytest.approx(float(step.norm()), rel=1e-12)
 
 

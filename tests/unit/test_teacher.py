@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bridgelm
 from bridgelm import checkpoint, teacher_cache, training
@@ -298,7 +299,7 @@ def test_a_run_with_the_shipped_teacher(tmp_path: Path) -> None:
     last = run.metrics[-1]
     assert last["flops/teacher"] > 0
     assert last["kdrl/kl"] > 0
-    assert not any("teacher" in name for name in checkpoint.load_file(
+    assert not any("teacher" in name for name in load_file(
         checkpoint.newest(run.path) / checkpoint.TENSORS))  # type: ignore[operator]
     assert bridgelm.Run(run.path).config["teacher"]["name_or_path"] == "toy:teacher"
 

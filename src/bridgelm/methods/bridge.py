@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import cooperation, credit, grads, losses
+from bridgelm import cooperation, credit, dist, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
@@ -266,5 +266,8 @@ def with_placebo(batch: Batch) -> Batch:
 
 def noise_like(gradient: grads.Gradient, draws: np.random.Generator) -> grads.Gradient:
     """Gaussian noise of a gradient's norm."""
-    noise = {name: torch.from_numpy(draws.standard_normal(g.shape)).to(g) for name, g in gradient.items()}
+    noise, counts = {}, grads.rows(gradient)
+    for name, g in gradient.items():
+        whole = draws.standard_normal((counts[name], *g.shape[1:]))
+        noise[name] = torch.from_numpy(whole if len(g) == len(whole) else whole[slice(*dist.bounds(len(whole)))]).to(g)
     return grads.mix((grads.norm(gradient) / grads.norm(noise), noise))
