@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types learn dist harness study vllm clean install
+.PHONY: help demo test lint types recipes learn dist harness study vllm clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
 	@echo "make test   lint, types and all quick tests (under 10 minutes)"
+	@echo "make recipes  the recipes for real models, each cut to the size of a test (2 minutes)"
 	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make harness  lm_eval's numbers on our models against our own code, in .venv-lm-eval (5 minutes)"
 	@echo "make dist   every method on 2 and 4 processes, resumes, killed ranks (minutes; writes results/dist.json)"
@@ -45,6 +46,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright
+
+recipes: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/unit/test_recipes.py
 
 learn: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/learn

@@ -215,10 +215,16 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def run_check(args: argparse.Namespace) -> None:
     from bridgelm import preflight
-    from bridgelm.config import load_config
+    from bridgelm.config import load_config, variant_names
+    from bridgelm.variants import KEY
 
     config = preflight.ready(load_config(args.file, args.overrides))
-    print(f"{args.file}: nothing wrong found\n{preflight.summary(config)}")
+    others = {} if any(item.partition("=")[0] == KEY for item in args.overrides) else {
+        name: load_config(args.file, [f"{KEY}={name}", *args.overrides]) for name in variant_names(args.file)}
+    for other in others.values():
+        preflight.check_static(other)
+    print(f"{args.file}: nothing wrong found\n{preflight.summary(config)}"
+          + (f"\n  {'variants':<9} {', '.join(others)}: nothing wrong either" if others else ""))
     if args.suite and not args.data:
         raise UserError("check: --suite needs --data")
     if args.data:

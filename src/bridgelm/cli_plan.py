@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"plan: no card {args.gpu!r}; choose from {', '.join(times.CARDS)}")
     if not 0 < args.length <= 1:
         raise UserError("plan: --length lies above 0 and up to 1")
-    config = preflight.ready(load_config(args.file, args.overrides))
+    config = load_config(args.file, args.overrides)
+    preflight.check_static(config, reads=False)
     print(page(config, args.file, args.overrides, args.gpu, args.gpus, args.length))
 
 

@@ -17,7 +17,7 @@ from bridgelm import report_text as text
 from bridgelm.analysis import Comparison, analyse, disagreement
 from bridgelm.compare_all import ALL, everything, with_layout
 from bridgelm.compare_runs import Job, train_all
-from bridgelm.config import RunConfig, load_config, make_config
+from bridgelm.config import RunConfig, load_config, make_config, variant_names
 from bridgelm.errors import UserError
 from bridgelm.metrics import check_sinks
 from bridgelm.options.teachers import TeacherConfig
@@ -25,6 +25,7 @@ from bridgelm.progress import clock, short
 from bridgelm.report import report
 from bridgelm.report_levels import lengths
 from bridgelm.runs import Run
+from bridgelm.variants import KEY
 
 WIDE = 90  # characters of a line that has room for the length of the answers
 
@@ -34,8 +35,8 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
             quiet: bool = False) -> Path:
     """Writes OUT/comparison.html, .md, .json and OUT/figures; returns the page's path.
 
-    Each of `methods` is a recipe beside `base` (by its name), a path, or the name of a method, which then takes the
-    base's other settings; `all` stands for every registered method (compare_all.py). `base` itself is always in and is
+    Each of `methods` is a variant that `base` carries, a recipe beside it (by its name), a path, or the name of a
+    method, which then takes the base's other settings; `all` stands for every registered method (compare_all.py). `base` itself is always in and is
     what the others are compared with. Finished runs in OUT are kept, unfinished ones go on. `overrides` hold for all
     methods. `jobs`: runs at once, default one a core.
     """
@@ -67,16 +68,17 @@ def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Seque
     if isinstance(base, str | Path):
         if ALL in methods:
             overrides = with_layout(base, overrides)
-        own, beside = load_config(base, overrides), Path(base).parent
+        own, file = load_config(base, overrides), Path(base)
         label = Path(base).stem
     else:
-        own, beside = base if isinstance(base, RunConfig) else make_config(dict(base)), None
+        own, file = base if isinstance(base, RunConfig) else make_config(dict(base)), None
         label = own.name
         if overrides:
             raise UserError("compare: overrides go with a recipe file; change the configuration itself")
     configs, notes = {label: own}, list[str]()
     if ALL in methods:
-        found, notes = everything(own, beside, overrides, lambda item, folder, sets: _find(item, own, folder, sets))
+        found, notes = everything(own, file.parent if file else None, overrides,
+                                  lambda item, folder, sets: _find(item, own, file if folder else None, sets))
         configs |= {name: config for name, config in found.items() if name != label}
         methods = [item for item in methods if item != ALL and item not in configs]
     for item in methods:
@@ -85,7 +87,7 @@ def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Seque
             continue
         if name in configs:
             raise UserError(f"--methods: {name!r} is named twice; give the recipes different names")
-        configs[name] = _find(item, own, beside, overrides)
+        configs[name] = _find(item, own, file, overrides)
         key = disagreement(own.resolved(), configs[name].resolved())
         if key:
             raise UserError(f"--methods: {item!r} has another {key} than {label!r}; a comparison needs the same model, "
@@ -93,10 +95,12 @@ def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Seque
     return configs, notes
 
 
-def _find(item: str, own: RunConfig, beside: Path | None, overrides: Sequence[str]) -> RunConfig:
+def _find(item: str, own: RunConfig, file: Path | None, overrides: Sequence[str]) -> RunConfig:
     if item.endswith((".toml", ".json")):
         return load_config(item, overrides)
-    sibling = beside / f"{item}.toml" if beside is not None else None
+    if file is not None and item in variant_names(file):
+        return load_config(file, [f"{KEY}={item}", *overrides])
+    sibling = file.with_name(f"{item}.toml") if file is not None else None
     if sibling is not None and sibling.is_file():
         return load_config(sibling, overrides)
     if item == own.method.name:

@@ -17,6 +17,7 @@ from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Sha
 from bridgelm.options.reward import RewardConfig
 from bridgelm.options.rollout import RolloutConfig
 from bridgelm.options.teachers import TeacherConfig
+from bridgelm.variants import with_variants
 
 Count = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -204,9 +205,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a table of settings; a run folder's config.json is one")
     raw.setdefault("name", path.stem)
+    raw, overrides = with_variants(raw, overrides, str(path))
     for item in overrides:
         _override(raw, item)
     return make_config(raw, str(path))
+
+
+def variant_names(path: str | Path) -> list[str]:
+    """The variants that a TOML file carries."""
+    found = tomllib.loads(Path(path).read_text(encoding="utf-8")) if Path(path).suffix == ".toml" else {}
+    return list(found.get("variants", {}))
 
 
 def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:

@@ -48,14 +48,15 @@ def to_sample(config: RunConfig) -> RunConfig:
     return absolute(config)
 
 
-def check_static(config: RunConfig, trains: bool = True) -> None:
+def check_static(config: RunConfig, trains: bool = True, reads: bool = True) -> None:
     """Everything but the run folder: a finished run's own configuration passes as well. What only samples need not have
-    what its method needs."""
+    what its method needs, and what is only planned need not have its data."""
     _check_model("model", config.model)
     if config.teacher is not None:
         _check_model("teacher", config.teacher)
-    _check_data(config)
-    _check_reward(config)
+    if reads:
+        _check_data(config)
+        _check_reward(config)
     if trains:
         _check_needs(config)
     _check_patterns(config)

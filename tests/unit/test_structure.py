@@ -37,7 +37,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
 LAYERS = [
-    ["types", "errors", "options", "config"],
+    ["types", "errors", "options", "variants", "config"],
     ["toy", "chat", "prompts", "data", "data_*", "suites", "contamination", "verify", "dist", "teacher_ids",
      "teacher_cache"],
     ["ledger", "packing", "batching", "forward", "loading", "grads", "groups", "held", "optim", "engine", "weights",
