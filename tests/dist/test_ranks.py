@@ -102,12 +102,16 @@ def events(run: Path) -> list[dict[str, Any]]:
             for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+LARGEST = {"difference": 0.0}  # seen so far; of numbers above 1, relative
+
+
 def close(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, float) or isinstance(b, float):
+        LARGEST["difference"] = max(LARGEST["difference"], abs(a - b) / max(1.0, abs(a), abs(b)))
         return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
     return a == b
 
@@ -134,20 +138,25 @@ def test_parts_are_one_process(name: str, count: int, raw: Make, tmp_path: Path)
     same_trajectory(raw, name, count, tmp_path, shard=True)
 
 
-def test_a_rank_with_nothing_to_train(raw: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_rank_with_nothing_to_train(shard: bool, raw: Make, tmp_path: Path) -> None:
     """One demonstration, two ranks; and one problem to answer."""
-    same_trajectory(raw, "joint", 2, tmp_path, batch={"demos": 1, "micro_tokens": 4096},
+    same_trajectory(raw, "joint", 2, tmp_path, shard, batch={"demos": 1, "micro_tokens": 4096},
                     rollout={"prompts": 1, "group": 2})
 
 
-@pytest.mark.parametrize("name", ["bridge"])
-def test_a_checkpoint_of_two_ranks_resumes_on_one(name: str, raw: Make, tmp_path: Path) -> None:
-    stop_and_go_on(raw, name, (2, 1), tmp_path)
+@pytest.mark.parametrize(("name", "counts", "shard"), [("bridge", (2, 1), (False, False)),
+                                                       ("bridge, low-rank theta", (2, 3), (True, True))])
+def test_a_checkpoint_of_two_ranks_resumes_on_others(name: str, counts: tuple[int, int], shard: tuple[bool, bool],
+                                                     raw: Make, tmp_path: Path) -> None:
+    stop_and_go_on(raw, name, counts, tmp_path, shard)
 
 
-def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path) -> None:
-    """A signal to the last rank alone stops all of them after the same step."""
+def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path,
+                   shard: tuple[bool, bool] = (False, False)) -> None:
+    """A signal to the last rank alone stops all of them after the same step. `shard`: before and after the stop."""
     whole, parted = (config_of(raw, name, tmp_path / kind) for kind in ("whole", "parted"))
+    parted = parted.model_copy(update={"shard": shard[0]})
     training.train(whole, quiet=True)
     run = tmp_path / "parted/runs/run"
     take_step = training.take_step
@@ -165,15 +174,17 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
     saved = checkpoint.newest(run)
     assert saved is not None
     assert saved.name == "step-000002"
+    assert len(list(saved.glob("*.safetensors"))) == (counts[0] if shard[0] and counts[0] > 1 else 1)
+    metrics.write_json(run / "config.json", {**(metrics.read_json(run / "config.json") or {}), "shard": shard[1]})
     assert on_ranks(counts[1], lambda: training.resume(run, quiet=True).status, tmp_path / "then") \
         == ["finished"] * counts[1]
     assert_same_run(run, tmp_path / "whole/runs/run")
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_an_error_of_one_rank_ends_all(bad: int, raw: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bad", "shard"), [(0, False), (1, True)])
+def test_an_error_of_one_rank_ends_all(bad: int, shard: bool, raw: Make, tmp_path: Path) -> None:
     """A loss that is not finite in the micro-batches of one rank; the others learn of it instead of waiting."""
-    config = config_of(raw, "sft", tmp_path / "run")
+    config = config_of(raw, "sft", tmp_path / "run", shard=shard)
     forward = policy.forward
 
     def work() -> Any:
@@ -185,6 +196,27 @@ def test_an_error_of_one_rank_ends_all(bad: int, raw: Make, tmp_path: Path) -> N
     found = on_ranks(2, work, tmp_path / "said")
     assert found[0] == found[1]
     assert "step 1: the loss is not finite" in found[0]["error"]
+    assert (metrics.read_json(tmp_path / "run/runs/run/run.json") or {})["status"] == "failed"
+
+
+def test_a_crash_where_others_wait_for_parts_ends_all(raw: Make, tmp_path: Path) -> None:
+    config = config_of(raw, "sft", tmp_path / "run", shard=True)
+    forward, done = policy.forward, []
+
+    def work() -> Any:
+        def crash(*args: Any, **more: Any) -> Any:
+            done.append(1)
+            if len(done) == 3:
+                raise RuntimeError("out of memory")
+            return forward(*args, **more)
+
+        if dist.rank() == 1:
+            policy.forward = crash
+        training.train(config, quiet=True)
+
+    found = on_ranks(2, work, tmp_path / "said")
+    assert found[1]["crash"] == "RuntimeError: out of memory"
+    assert "peer" in found[0]["crash"], "it has lost a rank"
     assert (metrics.read_json(tmp_path / "run/runs/run/run.json") or {})["status"] == "failed"
 
 
@@ -235,6 +267,18 @@ def test_every_method_on_ranks(name: str, count: int, raw: Make, tmp_path: Path)
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_method_in_parts(name: str, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, name, 2, tmp_path, shard=True)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["bridge", "grpo", "sequence", "bridge exclusive, low-rank theta", "bridge, noise"])
+def test_four_parts(name: str, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, name, 4, tmp_path, shard=True)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("counts", [(2, 1), (2, 4), (1, 2)])
 @pytest.mark.parametrize("name", ["bridge", "grpo", "sequence", "sft, low-rank theta", "kdrl"])
 def test_a_checkpoint_resumes_on_any_number(name: str, counts: tuple[int, int], raw: Make, tmp_path: Path) -> None:
@@ -242,6 +286,23 @@ def test_a_checkpoint_resumes_on_any_number(name: str, counts: tuple[int, int], 
 
 
 @pytest.mark.dist
-def test_several_updates_probes_and_samples(raw: Make, tmp_path: Path) -> None:
-    same_trajectory(raw, "bridge", 2, tmp_path, rollout={"updates": 2, "refill": 1}, eval={"samples": 2},
+@pytest.mark.parametrize(("counts", "shard"), [((2, 1), (True, True)), ((2, 4), (True, True)), ((2, 2), (True, False)),
+                                               ((2, 2), (False, True)), ((1, 2), (True, True))])
+@pytest.mark.parametrize("name", ["bridge", "sequence", "bridge exclusive, low-rank theta"])
+def test_parts_resume_on_any_number(name: str, counts: tuple[int, int], shard: tuple[bool, bool], raw: Make,
+                                    tmp_path: Path) -> None:
+    stop_and_go_on(raw, name, counts, tmp_path, shard)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["gradient checkpointing", "llama"])
+def test_other_models_in_parts(kind: str, raw: Make, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"gradient_checkpointing": True} if "gradient" in kind else {"name_or_path": str(tiny_folder(kind))}
+    same_trajectory(raw, "bridge", 2, tmp_path, True, model={**raw()["model"], **changes})
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("shard", [False, True])
+def test_several_updates_probes_and_samples(shard: bool, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, "bridge", 2, tmp_path, shard, rollout={"updates": 2, "refill": 1}, eval={"samples": 2},
                     diagnose={"every": 2, "problems": 4, "group": 2, "demos": 6})

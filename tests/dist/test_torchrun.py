@@ -31,9 +31,10 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_comes_back(rank: int, raw: Make, tmp_path: Path) -> None:
-    changes = {"steps": 40, "eval": {"every": 20}, "checkpoint_every": 3}
+def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: Path) -> None:
+    changes = {"steps": 40, "eval": {"every": 20}, "checkpoint_every": 3, "shard": shard}
     whole, killed = (config_of(raw, "bridge", tmp_path / kind, **changes) for kind in ("whole", "killed"))
     training.train(make_config(whole.resolved()), quiet=True)
     file, run = tmp_path / "killed.json", tmp_path / "killed/runs/run"
