@@ -11,8 +11,9 @@ from bridgelm.config import RunConfig
 from bridgelm.errors import UserError
 
 # Tried in this order, each on top of those before, until the run fits.
-CHANGES = (("model.gradient_checkpointing", "true"), ("rollout.max_rows", "128"), ("batch.micro_tokens", "8192"),
-           ("rollout.max_rows", "32"), ("batch.micro_tokens", "4096"), ("model.lora_rank", "32"))
+CHANGES = (("shard", "true"), ("model.gradient_checkpointing", "true"), ("rollout.max_rows", "128"),
+           ("batch.micro_tokens", "8192"), ("rollout.max_rows", "32"), ("batch.micro_tokens", "4096"),
+           ("model.lora_rank", "32"))
 
 
 def takes(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
@@ -43,7 +44,7 @@ def page(config: RunConfig, file: Path, overrides: list[str], gpu: str, gpus: in
     from bridgelm import planning
     from bridgelm import planning_time as times
 
-    need, card = planning.memory(config), times.CARDS[gpu]
+    need, card = planning.memory(config, gpus), times.CARDS[gpu]
     step, room = times.seconds(config, need, card, gpus, length), card.memory - times.RESERVE
     lines = [f"{file}: {config.method.name} on {config.model.name_or_path}, {need.parameters / 1e9:.2f} billion"
              " weights",
@@ -54,33 +55,38 @@ def page(config: RunConfig, file: Path, overrides: list[str], gpu: str, gpus: in
               f"  {'peak while generating':<38}{times.WASTE * need.generate / 1e9:8.2f}",
               f"  {f'there is, on one {gpu}':<38}{room / 1e9:8.2f}"]
     fits = times.WASTE * need.peak <= room
-    lines.append("  it fits" if fits else _advice(file, overrides, room))
+    lines.append("  it fits" if fits else _advice(file, overrides, room, gpus))
     lines += [f"  a step: about {_spell(step.generate)} of generating, {_spell(step.train)} of training"
               + (f", on {gpus} GPUs" if gpus > 1 else ""),
               f"  the run: about {_spell((step.generate + step.train) * config.steps)} for {config.steps} steps",
               f"  times are extrapolated from the card's data sheet ({times.TRAINING:.0%} of its arithmetic, "
               f"{times.BANDWIDTH:.0%} of its bandwidth, answers of {length:.0%} of the longest); no GPU was measured"]
+    if gpus > 1:
+        lines.append("  what the GPUs send each other is not in them" + (
+            "" if config.shard else "; each holds everything: `shard = true` divides it"))
     return "\n".join(lines)
 
 
-def _advice(file: Path, overrides: list[str], room: float) -> str:
+def _advice(file: Path, overrides: list[str], room: float, gpus: int) -> str:
     from bridgelm import planning
     from bridgelm import planning_time as times
     from bridgelm.config import load_config
 
     tried: dict[str, str] = {}
     for key, value in CHANGES:
-        if not _smaller(load_config(file, [*overrides, *_spelled(tried)]), key, value):
+        now = load_config(file, [*overrides, *_spelled(tried)])
+        if not _smaller(now, key, value) or (key == "shard" and gpus == 1):
             continue
         wanted = tried | {key: value}
         try:
-            need = planning.memory(load_config(file, [*overrides, *_spelled(wanted)]))
+            need = planning.memory(load_config(file, [*overrides, *_spelled(wanted)]), gpus)
         except UserError:  # a method that cannot do with it
             continue
         tried = wanted
         if times.WASTE * need.peak <= room:
             return (f"  IT DOES NOT FIT. It would, at {times.WASTE * need.peak / 1e9:.1f} GB, with\n    "
-                    f"bridgelm plan {file} {' '.join([*overrides, *_spelled(tried)])}")
+                    f"bridgelm plan {file} {' '.join([*overrides, *_spelled(tried)])}"
+                    + (f" --gpus {gpus}" if gpus > 1 else ""))
     return "  IT DOES NOT FIT, and nothing that was tried makes it: take a larger card or a smaller model"
 
 
@@ -90,8 +96,8 @@ def _spelled(changes: dict[str, str]) -> list[str]:
 
 def _smaller(config: RunConfig, key: str, value: str) -> bool:
     """Whether a change asks for less than what is set already."""
-    section, name = key.split(".")
-    now: Any = getattr(getattr(config, section), name)
+    section, _, name = key.rpartition(".")
+    now: Any = getattr(getattr(config, section) if section else config, name)
     return not now if value == "true" or name == "lora_rank" else now > int(value)
 
 

@@ -22,6 +22,8 @@ from bridgelm import dist
 class Whole:
     """An ordinary model."""
 
+    apart = False  # whether the live weights have to be copies, where masters of the same kind could be them
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.params: dict[str, Any] = dict(model.named_parameters())
@@ -58,8 +60,15 @@ class Whole:
         yield self.model
 
 
+def layers(model: Any) -> list[Any]:
+    """What is gathered for itself, one after the other."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
 class Sharded(Whole):
     """A model in FSDP2's shards. Its forward and backward passes are collectives, and so is `gathered`."""
+
+    apart = True
 
     def __init__(self, model: Any) -> None:
         hollow = {id(p): torch.nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()}
@@ -68,8 +77,7 @@ class Sharded(Whole):
         half = next(model.parameters()).dtype.itemsize < 4
         shards = {"mesh": init_device_mesh(device.type, (dist.world(),)),
                   "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)}
-        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-        for module in (*layers, model):
+        for module in (*layers(model), model):
             fully_shard(module, **shards)
             module.set_gradient_divide_factor(1.0)  # sums, whose denominators are in the loss
             module.set_force_sum_reduction_for_comms(True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bridgelm import forward
 from bridgelm.config import ModelConfig, RunConfig, SequenceOptions
+from bridgelm.held import Whole, layers
 from bridgelm.ledger import Ledger
 from bridgelm.methods import METHODS
 from bridgelm.model_shapes import model_config
@@ -51,16 +53,33 @@ class Need:
         return max(self.train, self.generate)
 
 
-def memory(config: RunConfig) -> Need:
-    """The largest need of a run's stages."""
+class OnPaper(Whole):
+    """The first of several ranks that hold weights in parts; no part of another is smaller by more than a row."""
+
+    apart = True
+
+    def __init__(self, model: Any, ranks: int) -> None:
+        super().__init__(model)
+        self.parts = {name: p.detach().new_empty(-(-len(p) // ranks), *p.shape[1:]) for name, p in self.params.items()}
+
+    def local(self) -> dict[str, Tensor]:
+        return self.parts
+
+    def put(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Weights are copied in one by one."""
+
+
+def memory(config: RunConfig, gpus: int = 1) -> Need:
+    """The largest need of a run's stages, on one of its cards."""
     if isinstance(config.method, SequenceOptions):
         stages = [config.model_copy(update={"method": stage.method}) for stage in config.method.stages]
-        return max((memory(stage) for stage in stages), key=lambda need: need.peak)
+        return max((memory(stage, gpus) for stage in stages), key=lambda need: need.peak)
     model = empty_model(config.model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
-                    lora if config.model.lora_rank else None)
+                    lora if config.model.lora_rank else None,
+                    partial(OnPaper, ranks=gpus) if config.shard and gpus > 1 else Whole)
     method = METHODS[config.method.name](config.method, config)
     method.setup(policy)
     with policy.at("live"):
@@ -105,7 +124,7 @@ class Seen:
 
 def _standing(policy: Policy) -> dict[str, int]:
     seen = Seen()
-    parts = {"standing/weights": seen.fresh([*policy.params.values(), *policy.frozen.values()])}
+    parts = {"standing/weights": seen.fresh([*policy.held.local().values(), *policy.frozen.values()])}
     for name, group in policy.groups.items():
         parts[f"standing/{'masters' if name == 'theta' else name}"] = seen.fresh(group.flat().values())
     states = 0
@@ -122,13 +141,25 @@ def _training(policy: Policy, config: RunConfig, gradients: int) -> dict[str, in
     touched = {name for group in groups for name in (*group.full, *group.low)}
     # A backward pass makes the model's gradients while it gives activations back: the largest comes first, or is last.
     own = max(policy.params[name].numel() * policy.params[name].element_size() for name in touched)
+    passing = _passing(policy) if policy.held.apart else {"train/largest gradient": own}
     buffers = sum(t.numel() * t.element_size() for group in groups for t in group.flat().values())
     seen = _all(policy)
     points = [name for name, group in policy.groups.items()  # what stands in for theta
               if name not in {"theta", "w"} and group.flat().keys() == theta.flat().keys()]
     copy = max((seen.copy().fresh(policy.weights(point).values()) for point in points), default=0)
-    return {"train/largest gradient": own, "train/gradients kept": gradients * buffers,
+    return {**passing, "train/gradients kept": gradients * buffers,
             "train/another point, merged": copy, **_activations(policy.model, config, touched)}
+
+
+def _passing(policy: Policy) -> dict[str, int]:
+    """What is gathered for a backward pass: the weights outside the layers all the time, of the layers the one at work
+    and the next; their gradients, and those that are on their way, widened, to the ranks that keep them."""
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers(policy.model))
+    outside = sum(p.numel() for p in policy.params.values()) - sum(
+        p.numel() for layer in layers(policy.model) for p in layer.parameters())
+    size = policy.dtype.itemsize
+    return {"train/layers gathered": size * (outside + 2 * layer),
+            "train/gradients of layers": size * (outside + layer) + max(4, size) * max(outside, layer)}
 
 
 def _activations(model: Any, config: RunConfig, touched: set[str]) -> dict[str, int]:
@@ -197,13 +228,15 @@ def _generating(policy: Policy, config: RunConfig) -> dict[str, int]:
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * rows * width * model.dtype.itemsize
     logits = rows * c.vocab_size * (model.dtype.itemsize + 2 * 4 + 8)
+    whole = sum(p.numel() * p.element_size() for p in policy.params.values()) if policy.held.apart else 0
     rebuilt = _all(policy).fresh(policy.weights("live").values())  # beside the old ones, until they take their place
-    return {"generate/keys and values": cache, "generate/logits": logits, "generate/weights made anew": rebuilt}
+    return {"generate/keys and values": cache, "generate/logits": logits, "generate/weights made anew": rebuilt,
+            "generate/weights gathered": whole}
 
 
 def _all(policy: Policy) -> Seen:
     seen = Seen()
-    seen.fresh([*policy.params.values(), *policy.frozen.values()])
+    seen.fresh([*policy.held.local().values(), *policy.frozen.values()])
     for group in policy.groups.values():
         seen.fresh(group.flat().values())
     return seen

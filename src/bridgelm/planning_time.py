@@ -42,7 +42,8 @@ def seconds(config: RunConfig, need: Need, card: Card, gpus: int, share: float) 
     prompt, answer = data.max_prompt_tokens / 2, rollout.max_new_tokens * share
     rows = max(1, min(rollout.max_rows, -(-answers // gpus)))
     waves = -(-answers // (rows * gpus))
-    weights, cache = need.parts["standing/weights"], need.parts["generate/keys and values"]
+    weights = need.parts["generate/weights gathered"] or need.parts["standing/weights"]
+    cache = need.parts["generate/keys and values"]
     read = weights + cache * share / 2 * min(1.0, rows / max(1, min(rollout.max_rows, answers or 1)))
     token = max(read / (BANDWIDTH * card.bandwidth), 2 * n * rows * share / (TRAINING * card.flops))
     decode = waves * rollout.max_new_tokens * token if answers else 0.0

@@ -19,6 +19,7 @@ from bridgelm.config import OptimConfig
 from bridgelm.forward import Soft, Target, forward, soft_targets
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, trainable
+from bridgelm.held import Whole
 from bridgelm.ledger import Ledger
 from bridgelm.packing import packs
 from bridgelm.types import Batch, Live, Micro, Row
@@ -51,8 +52,8 @@ class Named:
 
 class Policy(Weights):
     def __init__(self, model: Any, config: OptimConfig, ledger: Ledger, micro_tokens: int, seed: int = 0,
-                 lora: tuple[int, float, str] | None = None, shard: bool = False) -> None:
-        super().__init__(model, seed, lora, shard)
+                 lora: tuple[int, float, str] | None = None, hold: Callable[[Any], Whole] = Whole) -> None:
+        super().__init__(model, seed, lora, hold)
         self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule

@@ -19,6 +19,7 @@ from bridgelm.data import Data, check_lengths, load_splits
 from bridgelm.engine import Origin, open_engine
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
+from bridgelm.held import Sharded, Whole
 from bridgelm.ledger import Ledger
 from bridgelm.loading import load_model, peak_device_memory
 from bridgelm.methods import METHODS, Method
@@ -136,7 +137,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
-                    lora if config.model.lora_rank else None, config.shard)
+                    lora if config.model.lora_rank else None, Sharded if dist.part(config.shard) else Whole)
     engine = open_engine(config, chat, folder.path / "engine")
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None

@@ -10,25 +10,24 @@ reference), or `guide`, which is theta with a removable w.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridgelm import dist
 from bridgelm.engine import Origin
 from bridgelm.errors import UserError
 from bridgelm.grads import Gradient
 from bridgelm.groups import Group, low_rank, stacked
-from bridgelm.held import Sharded, Whole
+from bridgelm.held import Whole
 
 
 class Weights:
     def __init__(self, model: Any, seed: int = 0, lora: tuple[int, float, str] | None = None,
-                 shard: bool = False) -> None:
-        self.held = Sharded(model) if dist.part(shard) else Whole(model)
+                 hold: Callable[[Any], Whole] = Whole) -> None:
+        self.held = hold(model)
         self.model, self.params, self.seed, self.lora = model, self.held.params, seed, lora
         lying = self.held.local()
         first = next(iter(lying.values()))
@@ -44,8 +43,7 @@ class Weights:
             self.frozen = {n: p.clone() for n, p in lying.items()}
             self.groups["theta"] = self._low_rank("theta", *lora)
         else:
-            # A master of the model's own dtype may be the live weight itself; not in shards, which are copied over.
-            masters = {n: p.to(self.master, copy=dist.parted()).requires_grad_() for n, p in lying.items()}
+            masters = {n: p.to(self.master, copy=self.held.apart).requires_grad_() for n, p in lying.items()}
             self.groups["theta"] = Group(masters)
         self._stale = True
 

@@ -26,12 +26,11 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.option.markexpr != "dist" or session.config.option.keyword or session.config.option.collectonly:
+    option = session.config.option
+    if option.markexpr != "dist" or option.keyword or option.collectonly or hasattr(session.config, "workerinput"):
         return
-    from .test_ranks import LARGEST
-
     facts = {"tests": {name: dict(counts) for name, counts in sorted(FOUND.items())},
-             "largest difference to one process": LARGEST["difference"], "minutes": round((time.time() - STARTED) / 60, 1),
+             "minutes": round((time.time() - STARTED) / 60, 1),
              "cores": os.cpu_count(), "date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
              "command": "make dist"}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n")

@@ -76,6 +76,22 @@ def test_a_shadow_that_rests_takes_a_gradient_of_w_more_and_less_time(need: Call
     assert times[2] - times[0] == pytest.approx((times[1] - times[0]) / 2)
 
 
+def test_parts_divide_what_stands(raw: Callable[..., dict[str, Any]]) -> None:
+    """By the ranks, but for A, which all hold, and rows that do not divide; whole weights are there to draw answers."""
+    config = make_config(raw({"name": "bridge", "rank": 2}, model={"dtype": "bfloat16"}, shard=True))
+    one, four = planning.memory(config), planning.memory(config, 4)
+    assert planning.memory(config.model_copy(update={"shard": False}), 4).parts == one.parts
+    a = 2 * 2 * (6 * 16 + 32)  # both layers have six matrices of 16 columns and one of 32
+    rows = one.parts["standing/w"] // 4 - a  # of B
+    assert four.parts["standing/w"] == 4 * (a + rows // 4)
+    vocabulary = 24 + 5  # the tokens of the tiny world: 8 rows a rank, and 5 of the last
+    padding = 16 * (8 - vocabulary / 4)
+    assert four.parts["standing/masters"] == 4 * (one.parameters / 4 + padding)
+    assert four.parts["standing/shadow"] == four.parts["standing/masters"] == 2 * four.parts["standing/weights"]
+    assert four.parts["train/gradients kept"] < 0.4 * one.parts["train/gradients kept"]
+    assert four.parts["generate/weights gathered"] == 2 * one.parameters and not one.parts["generate/weights gathered"]
+
+
 def test_adapters_train_no_whole_weights(need: Callable[..., planning.Need]) -> None:
     found = need("grpo", model={"dtype": "bfloat16", "lora_rank": 1})
     assert found.parts["train/gradients kept"] == found.parts["standing/masters"] < found.parameters
