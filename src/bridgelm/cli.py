@@ -90,6 +90,8 @@ def _add_reading(commands: Any) -> None:
     report = _command(commands, "report", run_report, "write one HTML page about one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report for one run, else ./report")
+    report.add_argument("--share", action="store_true", help="write one JSON that others can compare with (--out FILE, "
+                        "default share.json); of such files: print them as one table")
     report.add_argument("--base", metavar="METHOD", help="what the others are compared with (default: BRIDGE)")
 
     diagnose = _command(commands, "diagnose", run_diagnose, "what SFT and RL did to each other in one or more runs")
@@ -191,6 +193,13 @@ def run_compare(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     import bridgelm
 
+    if args.share:
+        from bridgelm import report_share
+
+        if args.base is not None:
+            raise UserError("report: --base and --share do not go together")
+        print(report_share.act(args.runs, args.out))
+        return
     print(f"report: {bridgelm.report(args.runs, args.out, base=args.base)}")
 
 

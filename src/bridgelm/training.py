@@ -159,9 +159,13 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     if config.diagnose.every:
         session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step)
     folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters,
-                          ranks=dist.world())
+                          ranks=dist.world(), accelerator=_accelerator(policy.device))
     dist.wait()
     return session
+
+
+def _accelerator(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _run(session: Session) -> None:

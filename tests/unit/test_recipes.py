@@ -69,7 +69,8 @@ def build_data(task: str, folder: Path) -> None:
     del sums[20]["answer"], sums[41]["answer"]  # as in MATH, whose answers stand in a box
     worked = [{"question": row["problem"], "answer": f"<<1+1=2>>{i}\n#### {i}"} for i, row in enumerate(sums)]
     r1 = [{"question": f"What is {a} * {a}?", "final_answer": str(a * a),
-           "r1_solution_1": f"{a * a}, I think, {a * a}.", "r1_solution_2": f"Hm.\n</think>\n$\\boxed{{{a * a}}}$"} for a in range(12)]
+           "r1_solution_1": f"{a * a}, I think, {a * a}.",
+           "r1_solution_2": f"Hm.\n</think>\n$\\boxed{{{a * a}}}$"} for a in range(12)]
     sources = {"limr": sums[:24], "math-train": sums[:20], "math-test": sums[20:], "math500": sums[40:50], "r1": r1,
                "gsm8k-train": worked[:40], "gsm8k-test": [*worked[40:50], worked[3]]}
     words = ["data.py", task, "--out", f"data/{task}", "--validation", "6", "--any-number"]
