@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types recipes learn dist harness study vllm clean install
+.PHONY: help demo test lint types recipes learn dist harness study vllm speed clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
@@ -16,6 +16,7 @@ help:
 	@echo "make dist   every method on 2 and 4 processes, resumes, killed ranks (minutes; writes results/dist.json)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
 	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (20 minutes; writes results/vllm.json)"
+	@echo "make speed  our speed beside TRL, Hugging Face and vLLM, in environments of their own (writes results/speed.json)"
 	@echo "make clean  remove caches and build outputs (runs/ and .venv stay)"
 
 # Two stamps: the demo needs no development tools. An existing .venv is kept and brought up to date.
@@ -81,6 +82,15 @@ study: $(VENV)/.installed
 
 vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/real_vllm
+
+.venv-trl/.installed: constraints.txt
+	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	@echo "installing TRL into .venv-trl (this happens once)"
+	@.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch trl==1.16.0
+	@touch $@
+
+speed: $(VENV)/.installed-dev .venv-trl/.installed .venv-vllm/.installed
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -235,6 +235,22 @@ def test_draws_at_the_edges() -> None:
     assert len(set(token.tolist())) > 950
 
 
+@pytest.mark.parametrize("vocabulary", [5, 255, 256, 257, 1000, 5000])
+def test_draws_through_blocks_are_those_of_one_running_sum(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    p = torch.softmax(8 * torch.randn(400, vocabulary, generator=generator, dtype=torch.float64), -1)
+    p[:, torch.randperm(vocabulary, generator=generator)[:vocabulary // 3]] = 0.0  # whole blocks of some rows, too
+    p[:200, :vocabulary // 2] = 0.0
+    p[torch.arange(400), vocabulary - 1 - torch.arange(400) % 3] += 1e-3
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    upto = p.cumsum(-1)
+    plain = torch.searchsorted(upto, uniform[:, None] * upto[:, -1:], right=True)[:, 0]
+    found = native._inverse(p, uniform)
+    assert (p.gather(1, found[:, None]) > 0).all()
+    assert found[2:].tolist() == plain[2:].tolist()
+
+
 COMMON = {"vocab_size": 29, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "initializer_range": 0.3}
 USUAL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}

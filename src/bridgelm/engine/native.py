@@ -18,6 +18,7 @@ from bridgelm.engine.decoders import Decoder, make_decoder
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
+BLOCK = 256  # tokens of the vocabulary that are summed before the running sum
 KEEP = 0.8  # rows are compacted when fewer than this share of them is still running
 
 
@@ -38,8 +39,7 @@ class NativeEngine:
         try:
             for start in range(0, len(order), self.max_rows):
                 chosen = order[start:start + self.max_rows]
-                writers = [_Writer(i, done) for i in chosen]
-                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger, writers)
+                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger, chosen, done)
                 made.update(zip(chosen, found, strict=True))
         finally:
             model.train(training)
@@ -57,39 +57,43 @@ class NativeEngine:
         pass
 
     def _decode(self, model: Any, requests: list[Request], sampling: Sampling, ledger: Ledger | None,
-                writers: list[_Writer]) -> list[Completion]:
+                numbers: list[int], done: Done | None) -> list[Completion]:
         device = next(model.parameters()).device
-        decoder = make_decoder(model, sampling.max_new_tokens)
+        limit = sampling.max_new_tokens
+        decoder = make_decoder(model, limit)
         logits_BV, prompt_tokens = self._prefill(decoder, requests, device)
-        draws = [np.random.default_rng(r.seed).random(sampling.max_new_tokens) if sampling.temperature > 0 else None
-                 for r in requests]
-        alive = list(range(len(requests)))  # the request of each row of the decoder
-        running = list(alive)
-        rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
-        eos = torch.tensor(sorted(self.eos_ids), device=device)
-        for t in range(sampling.max_new_tokens):
-            uniform = None
-            if sampling.temperature > 0:
-                uniform = torch.tensor([draws[i][t] for i in alive], device=device)  # type: ignore[index]
+        uniform_RT = (np.stack([np.random.default_rng(r.seed).random(limit) for r in requests])
+                      if sampling.temperature > 0 else None)
+        written = _Written(len(requests), limit)
+        room_R = np.array([limit if r.room is None else min(limit, r.room) for r in requests])
+        eos = np.array(sorted(self.eos_ids), dtype=np.int64)
+        going_R = room_R > 0
+        alive = np.arange(len(requests))  # the request of each row of the decoder
+        for t in range(limit):
+            uniform = None if uniform_RT is None else torch.from_numpy(uniform_RT[alive, t]).to(device)
             token_B, raw_B, logp_B = _draw(logits_BV, sampling.temperature, uniform)
-            ended = torch.isin(token_B, eos).tolist()
-            for b, (token, raw, logp) in enumerate(zip(token_B.tolist(), raw_B.tolist(), logp_B.tolist(), strict=True)):
-                writer = writers[alive[b]]
-                if not writer.finished and t < rooms[alive[b]]:
-                    writer.add(token, raw, logp)
-                    if ended[b] or stopped(writer.ids, sampling.stop, self.text):
-                        writer.finish()
-            running = [b for b, i in enumerate(alive) if not writers[i].finished and t + 1 < rooms[i]]
-            if not running or t + 1 == sampling.max_new_tokens:
+            here = going_R[alive]
+            rows, tokens = alive[here], token_B.cpu().numpy()[here]
+            written.add(rows, t, tokens, raw_B.cpu().numpy()[here], logp_B.cpu().numpy()[here])
+            ended = np.isin(tokens, eos)
+            if sampling.stop:
+                ended |= [stopped(written.ids_RT[i, :t + 1].tolist(), sampling.stop, self.text) for i in rows]
+            for i in rows[ended]:
+                written.finished_R[i] = True
+                if done:
+                    done(numbers[i], written.ids_RT[i, :t + 1].copy())
+            going_R[rows] = ~ended & (t + 1 < room_R[rows])
+            running = np.flatnonzero(going_R[alive])
+            if not len(running):
                 break
             if len(running) < KEEP * len(alive):
-                keep = torch.tensor(running, device=device)
+                keep = torch.from_numpy(running).to(device)
                 decoder.select(keep)
-                token_B, alive = token_B[keep], [alive[b] for b in running]
+                token_B, alive = token_B[keep], alive[running]
             logits_BV = decoder.step(token_B)
         if ledger is not None:
-            ledger.generate += prompt_tokens + sum(len(w.ids) for w in writers)
-        return [w.completion() for w in writers]
+            ledger.generate += prompt_tokens + int(written.length_R.sum())
+        return [written.completion(i) for i in range(len(requests))]
 
     def _prefill(self, decoder: Decoder, requests: list[Request], device: torch.device) -> tuple[Tensor, int]:
         """Reads every distinct prompt once and repeats its cache for the requests that share it."""
@@ -110,30 +114,24 @@ class NativeEngine:
         return logits_BV[rows], sum(len(p) for p in prompts)
 
 
-class _Writer:
-    """One request's output so far."""
+class _Written:
+    """What the requests' outputs are so far."""
 
-    def __init__(self, number: int, done: Done | None) -> None:
-        self.number, self.done = number, done
-        self.ids: list[int] = []
-        self.raw: list[float] = []
-        self.logps: list[float] = []
-        self.finished = False
+    def __init__(self, requests: int, limit: int) -> None:
+        self.ids_RT = np.zeros((requests, limit), dtype=np.int64)
+        self.raw_RT, self.logp_RT = np.zeros((2, requests, limit))
+        self.length_R = np.zeros(requests, dtype=np.int64)
+        self.finished_R = np.zeros(requests, dtype=bool)
 
-    def add(self, token: int, raw: float, logp: float) -> None:
-        self.ids.append(token)
-        self.raw.append(raw)
-        self.logps.append(logp)
+    def add(self, rows: np.ndarray, t: int, tokens: np.ndarray, raw: np.ndarray, logp: np.ndarray) -> None:
+        self.ids_RT[rows, t], self.raw_RT[rows, t], self.logp_RT[rows, t] = tokens, raw, logp
+        self.length_R[rows] = t + 1
 
-    def finish(self) -> None:
-        self.finished = True
-        if self.done:
-            self.done(self.number, np.array(self.ids, dtype=np.int64))
-
-    def completion(self) -> Completion:
-        if not np.isfinite(self.raw).all():
+    def completion(self, i: int) -> Completion:
+        ids, raw, logps = (values[i, :self.length_R[i]].copy() for values in (self.ids_RT, self.raw_RT, self.logp_RT))
+        if not np.isfinite(raw).all():
             raise FloatingPointError("the model's logits are not finite")
-        return Completion(np.array(self.ids, dtype=np.int64), np.array(self.raw), np.array(self.logps), self.finished)
+        return Completion(ids, raw, logps, bool(self.finished_R[i]))
 
 
 def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,9 +143,35 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tu
         raw_B = raw_BV.gather(1, token_B[:, None])[:, 0]
         return token_B, raw_B, torch.zeros_like(raw_B)
     logp_BV = raw_BV if temperature == 1.0 else torch.log_softmax(wide / temperature, -1)
-    # Inverse of the distribution function: one number decides, whatever else is in the batch. In float32 the running
-    # sum would lose rare tokens of a large vocabulary, and a number next to 1 would round to 1: an impossible token.
-    cumulative = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-    target = uniform_B[:, None] * cumulative[:, -1:]
-    token_B = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=wide.shape[1] - 1)
+    token_B = _inverse(logp_BV.exp(), uniform_B)
     return (token_B, raw_BV.gather(1, token_B[:, None])[:, 0], logp_BV.gather(1, token_B[:, None])[:, 0])
+
+
+def _inverse(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the distribution function: one number decides, whatever else is in the batch.
+
+    In float32 the running sum would lose rare tokens of a large vocabulary, and a number next to 1 would round to 1: an
+    impossible token. In float64 it takes as long as a layer, so the sum runs over blocks, and then within one of them.
+    """
+    vocabulary = p_BV.shape[1]
+    whole = vocabulary // BLOCK * BLOCK
+    sums = [p_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    if whole < vocabulary:
+        sums.append(p_BV[:, whole:].sum(-1, keepdim=True))
+    upto_BK, block_B1, target_B1 = _search(torch.cat(sums, 1), uniform_B[:, None])
+    start_B1 = block_B1 * BLOCK
+    column_BW = start_B1 + torch.arange(BLOCK, device=p_BV.device)
+    inside = p_BV.gather(1, column_BW.clamp(max=vocabulary - 1)) * (column_BW < vocabulary)
+    before_B1 = torch.where(block_B1 > 0, upto_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    share_B1 = (target_B1 - before_B1) / (upto_BK.gather(1, block_B1) - before_B1)  # of the block's probability
+    _, place_B1, _ = _search(inside, share_B1)
+    return (start_B1 + place_B1)[:, 0]
+
+
+def _search(p_BK: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Running sums, the first place where they are over a share of the whole, and that share."""
+    upto_BK = p_BK.cumsum(-1, dtype=torch.float64)
+    target_B1 = share_B1 * upto_BK[:, -1:]
+    # Never behind the last place that has any probability: a share may round to 1.
+    last_B1 = (upto_BK < upto_BK[:, -1:]).sum(-1, keepdim=True)
+    return upto_BK, torch.searchsorted(upto_BK, target_B1, right=True).minimum(last_B1), target_B1
