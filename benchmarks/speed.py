@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -33,7 +33,7 @@ from bridgelm.metrics import git_commit, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "results" / "speed.json"
-ROUNDS = 3
+ROUNDS = 2
 DTYPES = ("float32", "bfloat16")
 
 
@@ -122,9 +122,8 @@ def cell_specs(kind: str, folder: Path, shape: str, dtype: str, size: Size, peer
     return {system: {**common, "system": system} for system in systems}
 
 
-def comparisons(args: argparse.Namespace, pythons: Mapping[str, str]) -> list[dict[str, Any]]:
+def comparisons(args: argparse.Namespace, pythons: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Each task at each shape, kind of numbers and spread of lengths."""
-    rows = []
     for shape in args.shapes:
         size = SIZES[shape]
         for lengths in ("fixed", "spread"):
@@ -138,11 +137,9 @@ def comparisons(args: argparse.Namespace, pythons: Mapping[str, str]) -> list[di
                         specs = cell_specs(kind, folder, shape, dtype, size, not args.quick)
                         begun = time.perf_counter()
                         found = summary(measure(specs, args.rounds, pythons), next(iter(specs)))
-                        rows.append({"kind": kind, "shape": shape, "weights": weights, "dtype": dtype,
-                                     "lengths": lengths, "rollouts": size.prompts * size.group, "limit": size.length,
-                                     "systems": found, "wall": round(time.perf_counter() - begun, 1)})
-                        print(json.dumps(rows[-1]), flush=True)
-    return rows
+                        yield {"kind": kind, "shape": shape, "weights": weights, "dtype": dtype, "lengths": lengths,
+                               "rollouts": size.prompts * size.group, "limit": size.length, "systems": found,
+                               "wall": round(time.perf_counter() - begun, 1)}
 
 
 def machine() -> dict[str, Any]:
@@ -177,17 +174,26 @@ def main() -> None:
     pythons = {} if args.quick else {"trl": args.trl, "vllm": args.vllm}
     if args.quick:
         args.shapes, args.dtypes, args.rounds = ["tiny"], ["float32"], 1
-        comparisons(args, pythons)
+        for row in comparisons(args, pythons):
+            print(json.dumps(row), flush=True)
         return
     record = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     stamp = {"date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "machine": machine(),
              "versions": versions(), "peers": their_versions(pythons)}
     if "compare" in args.parts:
-        record["compare"] = {**stamp, "rounds": args.rounds, "rows": comparisons(args, pythons)}
+        record["compare"] = {**stamp, "rounds": args.rounds, "rows": []}
+        for row in comparisons(args, pythons):
+            record["compare"]["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            save(args.out, record)
     if "curves" in args.parts:
         record["curves"] = {**stamp, **curves(measure, args.rounds)}
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save(args.out, record)
     speed_page.write(record)
+
+
+def save(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
