@@ -80,7 +80,8 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()  # closes the pipes, too
+        self.log.close()
 
 
 def measure(specs: Mapping[str, Mapping[str, Any]], rounds: int, pythons: Mapping[str, str]) -> dict[str, list[Any]]:
