@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from bridgelm.errors import UserError
 # Tried in this order, each on top of those before, until the run fits.
 CHANGES = (("shard", "true"), ("model.gradient_checkpointing", "true"), ("rollout.max_rows", "128"),
            ("batch.micro_tokens", "8192"), ("rollout.max_rows", "32"), ("batch.micro_tokens", "4096"),
-           ("model.lora_rank", "32"))
+           ("optim.host", '["shadow","gradients"]'), ("optim.kind", "adamw8bit"),
+           ("optim.host", '["shadow","gradients","moments"]'), ("model.lora_rank", "32"))
 
 
 def takes(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
@@ -85,7 +87,7 @@ def _advice(file: Path, overrides: list[str], room: float, gpus: int) -> str:
         tried = wanted
         if times.WASTE * need.peak <= room:
             return (f"  IT DOES NOT FIT. It would, at {times.WASTE * need.peak / 1e9:.1f} GB, with\n    "
-                    f"bridgelm plan {file} {' '.join([*overrides, *_spelled(tried)])}"
+                    f"bridgelm plan {file} {shlex.join([*overrides, *_spelled(tried)])}"
                     + (f" --gpus {gpus}" if gpus > 1 else ""))
     return "  IT DOES NOT FIT, and nothing that was tried makes it: take a larger card or a smaller model"
 
@@ -98,6 +100,10 @@ def _smaller(config: RunConfig, key: str, value: str) -> bool:
     """Whether a change asks for less than what is set already."""
     section, _, name = key.rpartition(".")
     now: Any = getattr(getattr(config, section) if section else config, name)
+    if name == "host":
+        return len(now) < value.count(",") + 1
+    if name == "kind":
+        return now == "adamw"
     return not now if value == "true" or name == "lora_rank" else now > int(value)
 
 

@@ -14,13 +14,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict, parts
+from bridgelm.options.optim import OptimConfig
 from bridgelm.options.reward import RewardConfig
 from bridgelm.options.rollout import RolloutConfig
 from bridgelm.options.teachers import TeacherConfig
 from bridgelm.variants import with_variants
 
 Count = Annotated[int, Field(ge=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Strict):
@@ -67,18 +67,6 @@ class DataConfig(Strict):
     overlap: Literal["error", "drop"] = "error"  # a training prompt that is also in validation or test
     fields: dict[str, str] = Field(default_factory=dict)  # our field name -> the column that holds it
     toy: ToyOptions = ToyOptions()
-
-
-class OptimConfig(Strict):
-    kind: Literal["adamw", "sgd"] = "adamw"
-    lr: Rate = 1e-6
-    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.999])
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Rate | None = 1.0  # global norm; null in JSON / left at a huge value to switch off
-    warmup: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final: Share = 0.1  # where linear and cosine schedules end, as a share of lr
 
 
 class BatchConfig(Strict):
@@ -139,6 +127,10 @@ class RunConfig(Strict):
             raise ValueError("reward.weights needs one number for each of reward.functions")
         if self.data.train.startswith("toy:") != (self.reward.verifier == "toy"):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
+        if self.optim.kind == "adamw8bit" and self.model.dtype == "float64":
+            raise ValueError("optim.kind = 'adamw8bit' has no float64; set model.dtype to float32 or bfloat16")
+        if self.shard and self.optim.apart:
+            raise ValueError(f"shard = true keeps parts of everything as they are used: leave out {self.optim.apart}")
         refuses = next((part for part in parts(self.method) if part.no_refill), None)
         if self.rollout.refill and refuses is not None:
             raise ValueError(f"rollout.refill: set it to 0 for method {refuses.name!r}: "

@@ -46,6 +46,18 @@ def total(parts: Mapping[str, float]) -> float:
     return dist.total(math.fsum(x for n, x in parts.items() if once or not whole(n)))
 
 
+def blend(first: tuple[float, Gradient], second: tuple[float, Gradient]) -> Gradient:
+    """As `mix` of two, tensor by tensor in the memory of the first. Both are emptied, so that what nobody else holds of
+    them is free at once; the first may lie in host memory."""
+    (a, gradient), (b, other) = first, second
+    assert list(gradient) == list(other), "gradients over different parameters"
+    out = {}
+    for name in list(gradient):
+        part = other.pop(name)
+        out[name] = gradient.pop(name).to(part.device).mul_(a).add_(part, alpha=b)
+    return out
+
+
 def dot(a: Gradient, b: Gradient) -> float:
     return total({n: float((a[n] * b[n]).sum()) for n in a})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Group:
     full: dict[str, Tensor] = field(default_factory=dict)
     low: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scale: float = 1.0
+    gradients: dict[str, Any] = field(default_factory=dict)  # their dtype and device, where the tensors' are others
 
     def flat(self) -> Gradient:
         pairs = {f"{name}:{side}": t for name, ab in self.low.items() for side, t in zip("AB", ab, strict=True)}
@@ -35,7 +37,7 @@ class Group:
         return self.scale * (b.detach() @ a.detach())
 
     def zeros(self) -> Gradient:
-        return {name: torch.zeros_like(t, requires_grad=False) for name, t in self.flat().items()}
+        return {name: torch.zeros_like(t, requires_grad=False, **self.gradients) for name, t in self.flat().items()}
 
     def collect(self, into: Gradient, name: str, g: Tensor) -> None:
         """From G = dL/dW of one weight to the gradients of what it is made of: G, s G A^T and s B^T G."""

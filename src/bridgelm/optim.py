@@ -11,6 +11,9 @@ from torch import Tensor
 
 from bridgelm import grads
 from bridgelm.config import OptimConfig
+from bridgelm.errors import UserError
+
+BLOCK = 256  # values of an eight-bit moment that share a scale
 
 
 class SharedMoments(torch.optim.Optimizer):
@@ -18,7 +21,7 @@ class SharedMoments(torch.optim.Optimizer):
     own. Two copies of a model then live in one metric: equal gradients move them equally, and their difference means
     the same in every coordinate."""
 
-    def __init__(self, params: Iterable[Tensor], source: torch.optim.AdamW, lr: float) -> None:
+    def __init__(self, params: Iterable[Tensor], source: torch.optim.Optimizer, lr: float) -> None:
         group = source.param_groups[0]
         defaults = {"lr": lr, "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
         super().__init__(list(params), defaults)
@@ -31,14 +34,16 @@ class SharedMoments(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             for p, q in zip(group["params"], theirs["params"], strict=True):
                 state, other = self.state[p], self.source.state[q]
+                if p.grad is None:
+                    continue
                 assert other, "the source of the second moments has not stepped yet"
                 if not state:
                     state["step"], state["exp_avg"] = torch.tensor(0.0), torch.zeros_like(p)
                 state["step"] += 1
-                assert p.grad is not None
                 state["exp_avg"].lerp_(p.grad, 1 - beta1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                root = (other["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(other["step"]))).add_(group["eps"])
+                square = moment(other, 2).to(p.device)
+                root = (square.sqrt() / math.sqrt(1 - beta2 ** float(other["step"]))).add_(group["eps"])
                 p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** float(state["step"])))
 
 
@@ -46,12 +51,35 @@ def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
           source: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
+    betas = (config.betas[0], config.betas[1])
     if kind == "adamw":
-        betas = (config.betas[0], config.betas[1])
-        return torch.optim.AdamW(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay,
+                                 fused=params[0].is_cuda or None)  # the other kinds make copies of the weights
+    if kind == "adamw8bit":
+        return _eight_bit()(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     assert kind == "shared_moments"
-    assert isinstance(source, torch.optim.AdamW), "shared moments need the Adam that they are shared with"
+    assert source is not None
+    assert "betas" in source.defaults, "shared moments need the Adam that they are shared with"
     return SharedMoments(params, source, lr)
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("optim.kind = 'adamw8bit' needs bitsandbytes: pip install 'bridgelm[8bit]'") from None
+    return AdamW8bit
+
+
+def moment(state: dict[str, Any], which: int) -> Tensor:
+    """The running mean of the gradient (1) or of its square (2); of eight bits, as bitsandbytes keeps them."""
+    if (key := ("exp_avg", "exp_avg_sq")[which - 1]) in state:
+        return state[key]
+    codes = state[f"state{which}"]
+    if codes.dtype != torch.uint8:  # of tensors that are too small to be worth it
+        return codes
+    largest = state[f"absmax{which}"].repeat_interleave(BLOCK)[:codes.numel()].view_as(codes)
+    return state[f"qmap{which}"][codes.int()] * largest
 
 
 def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -62,24 +90,31 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
         index = next(i for i, x in enumerate(group["params"]) if x is p)
         p = source.param_groups[0]["params"][index]
     state = source.state.get(p, {})
-    if "exp_avg_sq" not in state:
+    if "exp_avg_sq" not in state and "state2" not in state:
         return None
-    beta2 = source.param_groups[0]["betas"][1]
-    root = state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
-    return root.masked_fill_(state["exp_avg_sq"] == 0, math.inf)
+    beta2, square = source.param_groups[0]["betas"][1], moment(state, 2).to(p.device)
+    root = square.sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
+    return root.masked_fill_(square == 0, math.inf)
 
 
 def last_step_norm(optimiser: torch.optim.Optimizer, names: Iterable[str]) -> float:
     """Norm of the last update (weight decay aside), from the optimiser's own state: no copy of the weights is needed.
     Plain SGD keeps no trace of its gradient, so `policy.apply` measures that one itself."""
-    group, found = optimiser.param_groups[0], {}
-    for name, p in zip(names, group["params"], strict=True):
-        state, root = optimiser.state.get(p, {}), root_moment(optimiser, p, group)
-        if root is None or "exp_avg" not in state:
-            continue
-        size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
-        found[name] = float((state["exp_avg"] / root).norm()) ** 2 * size**2
+    params = optimiser.param_groups[0]["params"]
+    found = {name: square_of_step(optimiser, p) for name, p in zip(names, params, strict=True)}
     return math.sqrt(grads.total(found))
+
+
+def square_of_step(optimiser: torch.optim.Optimizer, p: Tensor) -> float:
+    """Of one tensor; 0 where it has not been stepped, or the optimiser keeps no trace."""
+    group, state = optimiser.param_groups[0], optimiser.state.get(p, {})
+    if "exp_avg" not in state and "state1" not in state:
+        return 0.0
+    root = root_moment(optimiser, p, group)
+    assert root is not None
+    size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
+    first = moment(state, 1)
+    return float((first / root).norm()) ** 2 * size**2
 
 
 def tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -95,4 +130,9 @@ def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict
     for full_key, value in saved.items():
         name, _, key = full_key.rpartition("|")
         p = by_name[name]
-        optimiser.state[p][key] = value if key == "step" else value.to(p.device)
+        if key != "step":
+            optimiser.state[p][key] = value.to(p.device)
+        elif isinstance(optimiser, torch.optim.AdamW | SharedMoments):
+            optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
+        else:
+            optimiser.state[p][key] = int(value)

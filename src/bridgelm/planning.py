@@ -26,6 +26,7 @@ from bridgelm.model_shapes import model_config
 from bridgelm.policy import Policy
 from bridgelm.teacher_ids import teacher_model
 
+EIGHT, SMALL = 1 + 4 / 256, 4096  # bytes a value of eight bits with its block's scale; smaller tensors keep float32
 STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size and kind
 
 
@@ -77,13 +78,15 @@ def memory(config: RunConfig, gpus: int = 1) -> Need:
     model = empty_model(config.model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
-    policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
+    optim, eight = config.optim, config.optim.kind == "adamw8bit"
+    optim = optim.model_copy(update={"kind": "adamw"}) if eight else optim  # the library need not be here
+    policy = Policy(model, optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None,
                     partial(OnPaper, ranks=gpus) if config.shard and gpus > 1 else Whole)
     method = METHODS[config.method.name](config.method, config)
     method.setup(policy)
     with policy.at("live"):
-        parts = _standing(policy)
+        parts = _standing(policy, eight)
         parts |= _training(policy, config, method.gradients)
         parts |= _generating(policy, config)
     if config.teacher is not None:
@@ -122,17 +125,22 @@ class Seen:
         return total
 
 
-def _standing(policy: Policy) -> dict[str, int]:
-    seen = Seen()
+def _standing(policy: Policy, eight: bool) -> dict[str, int]:
+    """On the device, and in host memory."""
+    host, seen = policy.config.host, Seen()
     parts = {"standing/weights": seen.fresh([*policy.held.local().values(), *policy.frozen.values()])}
     for name, group in policy.groups.items():
-        parts[f"standing/{'masters' if name == 'theta' else name}"] = seen.fresh(group.flat().values())
-    states = 0
+        where = "host" if name == "shadow" and "shadow" in host and group.full else "standing"
+        parts[f"{where}/{'masters' if name == 'theta' else name}"] = seen.fresh(group.flat().values())
+    states = {"standing": 0, "host": 0}
     for named in policy.optimisers.values():
+        group = policy.groups[named.group]
+        away = (group.full and "shadow" in host) if named.group == "shadow" else "moments" in host
         kind = type(named.optimiser).__name__
-        states += STATES[kind] * sum(t.numel() * t.element_size()
-                                     for t in policy.groups[named.group].flat().values())
-    return parts | {"standing/optimiser": states}
+        states["host" if away else "standing"] += sum(
+            int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and t.numel() >= SMALL
+                                            else t.element_size())) for t in group.flat().values())
+    return parts | {f"{where}/optimiser": size for where, size in states.items()}
 
 
 def _training(policy: Policy, config: RunConfig, gradients: int) -> dict[str, int]:
@@ -146,9 +154,12 @@ def _training(policy: Policy, config: RunConfig, gradients: int) -> dict[str, in
     seen = _all(policy)
     points = [name for name, group in policy.groups.items()  # what stands in for theta
               if name not in {"theta", "w"} and group.flat().keys() == theta.flat().keys()]
-    copy = max((seen.copy().fresh(policy.weights(point).values()) for point in points), default=0)
+    # Another point takes the place of the live weights: what they do not share with masters is given up for it.
+    live = _all(policy, False).fresh(policy.held.local().values())
+    copy = max((seen.copy().fresh(policy.weights(point).values()) - live for point in points), default=0)
+    gradients = max(1, gradients - 1) if "gradients" in policy.config.host else gradients
     return {**passing, "train/gradients kept": gradients * buffers,
-            "train/another point, merged": copy, **_activations(policy.model, config, touched)}
+            "train/another point, merged": max(0, copy), **_activations(policy.model, config, touched)}
 
 
 def _passing(policy: Policy) -> dict[str, int]:
@@ -234,9 +245,9 @@ def _generating(policy: Policy, config: RunConfig) -> dict[str, int]:
             "generate/weights gathered": whole}
 
 
-def _all(policy: Policy) -> Seen:
+def _all(policy: Policy, live: bool = True) -> Seen:
     seen = Seen()
-    seen.fresh([*policy.held.local().values(), *policy.frozen.values()])
+    seen.fresh([*(policy.held.local().values() if live else ()), *policy.frozen.values()])
     for group in policy.groups.values():
         seen.fresh(group.flat().values())
     return seen

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import batching, dist, grads, optim
+from bridgelm import batching, dist, grads, optim, storage
 from bridgelm.config import OptimConfig
 from bridgelm.forward import Soft, Target, forward, soft_targets
 from bridgelm.grads import Gradient
@@ -57,6 +57,7 @@ class Policy(Weights):
         self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
+        self._rounding: torch.Generator | None = None  # made when it is first needed
 
     @torch.no_grad()
     def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
@@ -187,6 +188,39 @@ class Policy(Weights):
         found = batching.exchange({"logps": logps, "entropies": entropies})
         return [v for _, v in sorted(found["logps"].items())], [v for _, v in sorted(found["entropies"].items())]
 
+    # -- where what is large lies ------------------------------------------------------------------------------------
+
+    def fork(self, name: str, of: str = "theta") -> None:
+        super().fork(name, of)
+        group = self.groups[name]
+        if self._form(name) != storage.PLAIN:
+            group.gradients = {"dtype": self.master, "device": self.device}
+            for t in group.full.values():
+                t.data = self._lay(name, t.data)
+
+    def _form(self, group: str) -> storage.Form:
+        """How the whole matrices of a group lie, and the moments of its optimiser."""
+        if group != "shadow" or self.lora:  # a low-rank shadow is small
+            return storage.PLAIN
+        narrow = self.config.shadow == "bfloat16"
+        return storage.Form(torch.bfloat16 if narrow else None, "shadow" in self.config.host)
+
+    def _lay(self, group: str, t: Tensor) -> Tensor:
+        return self._form(group).lay(t, self.rounding)
+
+    @property
+    def rounding(self) -> torch.Generator:
+        if self._rounding is None:
+            planned = self.device.type == "meta"  # nothing is rounded there
+            self._rounding = torch.Generator("cpu" if planned else self.device).manual_seed(self.seed)
+        return self._rounding
+
+    def park(self, gradient: Gradient) -> None:
+        """A gradient that waits for another one: to host memory, if that is asked for."""
+        if "gradients" in self.config.host:
+            for name in gradient:
+                gradient[name] = storage.to_host(gradient[name])
+
     def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None) -> float:
         """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place.
         `rate` multiplies the learning rate; `clip_as` takes over the clip factor of another optimiser's last step."""
@@ -196,24 +230,36 @@ class Policy(Weights):
         named.shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
         if clip_as is not None:
             named.shrink = self.optimisers[clip_as].shrink
-        for key, p in params.items():
-            p.grad = gradient[key].mul_(named.shrink)
+        for g in gradient.values():
+            g.mul_(named.shrink)
         lr = named.lr * self.factor * rate
         for group in named.optimiser.param_groups:
             group["lr"] = lr
-        named.optimiser.step()
-        named.moved = (lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD)
-                       else optim.last_step_norm(named.optimiser, params))
-        for p in params.values():
-            p.grad = None
+        moved = self._step(named, params, gradient)
+        named.moved = lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD) else moved
         self._stale = self._stale or named.group in ("theta", "w")
         return size
+
+    def _step(self, named: Named, params: Gradient, gradient: Gradient) -> float:
+        weights = self._form(named.group)
+        moments = weights if named.group == "shadow" else storage.Form(host="moments" in self.config.host)
+        if (weights, moments) != (storage.PLAIN, storage.PLAIN):
+            return storage.step(named.optimiser, ((p, gradient[key]) for key, p in params.items()), weights, moments,
+                                self.master, self.rounding)
+        for key, p in params.items():
+            p.grad = gradient[key]
+        named.optimiser.step()
+        for p in params.values():
+            p.grad = None
+        return optim.last_step_norm(named.optimiser, params)
 
     def precondition(self, name: str, gradient: Gradient) -> Gradient:
         """The gradient in the metric of an optimiser: divided by the root of its second moments, if it has any."""
         named = self.optimisers[name]
         group, out = named.optimiser.param_groups[0], {}
         for key, p in self.groups[named.group].flat().items():
+            if key not in gradient:
+                continue
             root = optim.root_moment(named.optimiser, p, group)
             out[key] = gradient[key] if root is None else gradient[key] / root
         return out
@@ -230,7 +276,7 @@ class Policy(Weights):
         for name, named in self.optimisers.items():
             names = list(self.groups[named.group].flat())
             out |= {f"optim/{name}/{k}": v for k, v in optim.tensors(named.optimiser, names).items()}
-        return out
+        return out | ({"rounding": self._rounding.get_state()} if self._rounding is not None else {})
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -245,4 +291,6 @@ class Policy(Weights):
             prefix = f"optim/{name}/"
             mine = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
             optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine)
+        if "rounding" in saved:
+            self.rounding.set_state(saved["rounding"])
         self._stale = True

@@ -85,6 +85,10 @@ class Weights:
         """A copy of a group under another name: the shadow, or a frozen reference."""
         self.groups[name] = self.groups[of].clone()
 
+    def _lay(self, group: str, t: Tensor) -> Tensor:
+        """A tensor of a group as it lies between uses."""
+        return t
+
     def copy(self, source: str, target: str) -> None:
         with torch.no_grad():
             for name, t in self.groups[target].flat().items():
@@ -94,7 +98,10 @@ class Weights:
         """Moves a group a share of the way to another: a leak."""
         with torch.no_grad():
             for key, t in self.groups[name].flat().items():
-                t.lerp_(self.groups[toward].flat()[key].detach(), share)
+                wide = t.data.to(self.device, self.master)
+                wide.lerp_(self.groups[toward].flat()[key].detach().to(wide), share)
+                if wide.data_ptr() != t.data_ptr():
+                    t.data = self._lay(name, wide)
         self._stale = self._stale or name == "theta"
 
     @contextmanager
@@ -129,7 +136,7 @@ class Weights:
         parts = [self._theta(at), self._w(at)]
         for name in self.params:
             whole = parts[0].full.get(name)
-            weight = self.frozen[name] if whole is None else whole
+            weight = self.frozen[name] if whole is None else whole.to(self.device)
             for part in parts:
                 if name in part.low:
                     weight = weight.to(self.master) + part.delta(name)

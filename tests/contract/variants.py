@@ -64,6 +64,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "bridge, every second step's shadow": {**BRIDGE, "shadow_every": 2},
     "bridge own rollouts, every second step's shadow": {**BRIDGE, "shadow_rollouts": "own", "shadow_every": 2},
     "bridge_leaky, every third step's shadow": {**LEAKY, "shadow_every": 3},
+    "bridge, shadow in bfloat16": BRIDGE,
+    "bridge_leaky, shadow in bfloat16, the rest on the host": LEAKY,
     "bridge with a reference": {**BRIDGE, "ratio": "taper", "rl": {"kl_coef": 0.1}},
     "bridge_leaky with a reference": {**LEAKY, "leak": 0.3, "rl": {"kl_coef": 0.1}},
     "bridge_dial, row means": {**DIAL, "leak": 0.0, "ratio": "truncate",
@@ -144,4 +146,6 @@ def sections(name: str) -> dict[str, Any]:
     out: dict[str, Any] = {"optim": {"lr": 1e-2, "eps": 1e-3}}
     if any(f"'{taught}'" in str(VARIANTS.get(name)) for taught in TAUGHT):
         out["teacher"] = {"name_or_path": "llama"}  # another tiny model (conftest.py)
+    if "bfloat16" in name:
+        out["optim"] |= {"shadow": "bfloat16", "host": ["shadow", "moments", "gradients"] if "host" in name else []}
     return out | ({"model": {"lora_rank": 3, "lora_alpha": 6.0}} if name in LORA else {})

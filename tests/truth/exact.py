@@ -168,6 +168,9 @@ class Stub:
         named.moved = rate * named.lr * abs(float(gradient["x"]))
         return abs(float(gradient["x"]))
 
+    def park(self, gradient: dict[str, torch.Tensor]) -> None:
+        pass
+
     def precondition(self, name: str, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return gradient
 
@@ -181,7 +184,8 @@ class Shipped(Policy):
     def __init__(self, problem: Any, config: Any, theta: float = 0.0, w: float = 0.0) -> None:
         self.problem, self.config, self.w_start = problem, config, w
         self.frozen, self.optimisers, self.factor, self._drifted, self._stale = {}, {}, 1.0, False, False
-        self.removable = False
+        self.removable, self.lora, self._rounding = False, None, None
+        self.device, self.master = torch.device("cpu"), torch.float64
         self.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
 
     @property

@@ -63,11 +63,8 @@ STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))'
 STEP_SHADOW = 'policy.apply("shadow", shadow.theta)  '
 GAIN = "gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))"
 LAST_OR_NEW = "(gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))"
-JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
-KEEP = (
-    ("        sft.theta.clear()  #", "        #"),
-    ("        rl.theta.clear()\n", ""),
-)  # for mutants that misuse these
+JOINT = "joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))"
+KEEP = ((JOINT, JOINT.replace("blend", "mix")),)  # for mutants that misuse what is used up
 AGAIN = 'policy.grad(self.terms, batch, {"nll": 1.0}), policy.grad(self.terms, batch, rl_coef(self.options.rl))'
 
 AS_IF = '1.0 if self.options.third == "sft" else 0.0'
@@ -160,14 +157,14 @@ MUTANTS: dict[str, Mutant] = {
         ((GAIN, "gain = grads.mix((1.0, rl.w), (-1.0 if shadow.theta else 0.0, shadow.w))"),), "resting_shadow"
     ),
     "resync_without_a_step": Mutant(
-        (('            policy.apply("shadow", rl.theta)\n', "            pass\n"),), "resync"
+        (('            policy.apply("shadow", again)\n', "            pass\n"),), "resync"
     ),
     "resync_to_the_new_theta": Mutant(
         (
             ('            policy.copy("theta", "shadow")\n', "            pass\n"),
             (
-                '            policy.apply("shadow", rl.theta)\n',
-                '            policy.copy("theta", "shadow")\n            policy.apply("shadow", rl.theta)\n',
+                '            policy.apply("shadow", again)\n',
+                '            policy.copy("theta", "shadow")\n            policy.apply("shadow", again)\n',
             ),
         ),
         "every_option_of_the_step",
@@ -238,7 +235,7 @@ MUTANTS: dict[str, Mutant] = {
                 "return self.options.resync_every > 0 and step % self.options.resync_every == 0",
                 'return self.options.third == "frozen"',
             ),
-            ('            policy.apply("shadow", rl.theta)\n', "            pass\n"),
+            ('            policy.apply("shadow", again)\n', "            pass\n"),
         ),
         "controls_path",
     ),

@@ -414,7 +414,7 @@ LEAN = '        policy.lean("shadow", "theta", o.leak)  # before'
 STEP = 'norm = policy.apply("theta", joint)  '
 SHADOW = 'shadow = policy.grad(self.shadow_terms, batch, shadow_coef(o.rl), at="shadow")'
 TURN = "self.bound(self.logit - o.eta * min(max(z, -1.0), 1.0))"
-JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+JOINT = "joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))"
 PATH, SIGN, Z, SCALE = "path_of_everything", "sign_of_the_hypergradient", "group_means", "scale_of_the_end"
 
 MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -476,7 +476,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 def mutant(name: str) -> ModuleType:
     module = mutate(dial_module, MUTANTS[name][1], name)
     if name == "own_adam":
-        swap = ('kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None', "kind=kind")
+        swap = ('kind="shared_moments" if adam else "sgd", moments_of="theta" if adam else None', 'kind="adamw"')
         module.shadow_setup = mutate(shadow_module, (swap,), name).shadow_setup  # type: ignore[attr-defined]
     return module
 

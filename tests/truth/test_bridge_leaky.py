@@ -418,7 +418,7 @@ LEAN = '            policy.lean("shadow", "theta", o.leak)  # before'
 STEP = 'norm = policy.apply("theta", joint)  '
 SHADOW = 'shadow, shadow_w = grad_by_parts(policy, self.shadow_terms, parts, shadow_coef(self.options.rl), at="shadow")'
 STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)'
-JOINT = "joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+JOINT = "joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))"
 SIZE = "product, size = policy.dot(a, b), 0.5 * (policy.dot(a, a) + policy.dot(b, b))"
 PATH, GATE = "path_with_equal_halves", "path_with_unequal_halves"
 MODEL, IDLE = "updates_on_a_transformer", "without_a_third_term"
@@ -439,7 +439,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta)', "pass"),)),
     "shadow_by_rl": (MODEL, (
         ('policy.apply("shadow", shadow.theta)', 'policy.apply("shadow", rl.theta)'),
-        ("        rl.theta.clear()\n", ""))),
+        (JOINT, JOINT.replace("blend", "mix")))),
     "shadow_gradient_at_live": (PATH, ((', at="shadow")', ")"),)),
     "shadow_gradient_late": ("order_of_calls", (
         ("        gain =", "        shadow = self.at_shadow(policy, parts, rl_w)\n        gain ="),)),
@@ -485,8 +485,8 @@ OF_SHADOW = {
     "taper_ignored": ('if o.ratio == "taper":', "if False:"),
     "beta_ignored": ('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),
     "own_adam_for_the_shadow": (
-        'kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None',
-        "kind=kind",
+        'kind="shared_moments" if adam else "sgd", moments_of="theta" if adam else None',
+        'kind="adamw"',
     ),
 }
 

@@ -87,7 +87,7 @@ COLLAPSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hpt whose gate never closes is grpo": ({"name": "hpt", "gamma": -1.0}, {"name": "grpo"}),
     "uft without hints is grpo": ({"name": "uft", "high": 0.0, "low": 0.0}, {"name": "grpo"}),
 }
-MIX = "grads.mix((1 - lam, sft.theta), (lam, rl.theta))"
+MIX = "grads.blend((1 - lam, sft.theta), (lam, rl.theta))"
 MUTANTS: dict[str, tuple[Any, Swaps]] = {
     "joint at mu 0 is grpo": (joint, (('{"nll": scale * mu}', '{"nll": scale * (mu + 1e-3)}'),)),
     "bridge at lambda 0, w frozen, is sft": (bridge, ((MIX, "grads.mix((1.0, sft.theta), (1.0, rl.theta))"),)),

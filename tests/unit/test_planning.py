@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,32 @@ def test_a_shadow_costs_its_weights_and_a_momentum(need: Callable[..., planning.
     assert found.parts["standing/w"] == 4 * w
     assert found.parts["standing/shadow"] == 4 * found.parameters
     assert found.parts["standing/optimiser"] == 8 * (found.parameters + w) + 4 * found.parameters
-    assert found.parts["train/gradients kept"] == 3 * 4 * (found.parameters + w)
+    assert found.parts["train/gradients kept"] == 2 * 4 * (found.parameters + w)
+
+
+def test_what_lies_in_bfloat16_in_eight_bits_or_on_the_host(need: Callable[..., planning.Need]) -> None:
+    """Bytes a weight beside those of the run that keeps all of it as it is used."""
+    bridge, model = {"name": "bridge", "rank": 2}, {"dtype": "bfloat16"}
+    def found(**optim: Any) -> planning.Need:
+        return need(bridge, model=model, optim=optim)
+    plain = found()
+    n, w = plain.parameters, plain.parts["standing/w"] // 4
+    assert plain.standing - found(shadow="bfloat16").standing == (2 + 2) * n
+    hosted = found(host=["shadow", "gradients"])
+    assert plain.standing - hosted.standing == (4 + 4) * n
+    assert hosted.parts["host/shadow"] + hosted.parts["host/optimiser"] == (4 + 4) * n
+    assert hosted.parts["train/gradients kept"] == plain.parts["train/gradients kept"] / 2
+    assert plain.standing - found(host=["moments"]).standing == 8 * (n + w)
+    assert plain.parts["train/another point, merged"] == 0
+    big = {"name_or_path": "Qwen/Qwen2.5-0.5B", "dtype": "bfloat16"}
+    wide, eight = (planning.memory(make_config(raw_of(kind, big))) for kind in ("adamw", "adamw8bit"))
+    saved = (wide.standing - eight.standing) / wide.parameters
+    assert saved == pytest.approx(8 - 2 * (1 + 4 / 256), rel=1e-3)
+
+
+def raw_of(kind: str, model: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "x", "steps": 1, "model": model, "method": {"name": "grpo"}, "data": {"train": "none.jsonl"},
+            "optim": {"kind": kind}}
 
 
 def test_the_states_counted_are_the_states_kept(session: Callable[..., Any]) -> None:
@@ -139,7 +165,8 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, capsys: pytes
     assert main(["plan", str(file), "--gpu", "h200"]) == 0
     printed = capsys.readouterr().out
     assert "IT DOES NOT FIT. It would" in printed and "no GPU was measured" in printed
-    overrides = next(line for line in printed.splitlines() if line.startswith("    bridgelm plan")).split()[3:]
+    overrides = next(line for line in printed.splitlines() if line.startswith("    bridgelm plan"))
+    overrides = shlex.split(overrides)[3:]
     assert len({key.partition("=")[0] for key in overrides}) == len(overrides)
     assert main(["plan", str(file), *overrides, "--gpu", "h200"]) == 0
     assert "  it fits" in capsys.readouterr().out

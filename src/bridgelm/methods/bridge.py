@@ -44,7 +44,7 @@ from bridgelm import cooperation, credit, dist, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
-from bridgelm.methods.shadow import OF_SHADOW, copy_streams, gradient_or_last, keep_gradient, rename, shares
+from bridgelm.methods.shadow import OF_SHADOW, copy_streams, gradient_or_last, keep_gradient, length, rename, shares
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
@@ -55,7 +55,7 @@ PATIENCE = 50  # steps without a third term before saying so
 @final
 class Bridge(Method):
     tier = "derived"
-    gradients = 3
+    gradients = 2
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda constant or linear", models="shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -75,7 +75,7 @@ class Bridge(Method):
             keep_gradient(policy, o)
         policy.optimiser("theta")
         if self.shadowed and o.third != "frozen":
-            shared = o.shadow_step == "shared_moments" and self.run.optim.kind == "adamw"
+            shared = o.shadow_step == "shared_moments" and self.run.optim.adam
             kind, source = ("shared_moments", "theta") if shared else ("sgd", None)
             policy.optimiser("shadow", kind=kind, moments_of=source)
         policy.optimiser("w", lr=o.beta)
@@ -134,18 +134,20 @@ class Bridge(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         lam = self.lam(step)
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
+        pull = length(policy, sft)
+        policy.park(sft.theta)
         rl = policy.grad(self.terms, batch, rl_coef(self.options.rl))
-        found = shares(policy, sft, rl, lam)
-        joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))
-        sft.theta.clear()  # a gradient of theta is as large as the model: none is kept longer than needed
+        found = shares(pull, length(policy, rl), lam)
+        resync = self.resyncs(step)
+        again = dict(rl.theta) if resync else {}
+        joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))  # each is as large as the model: both are used up
         placebo = self.placebo(policy, batch, "live")
-        if resync := self.resyncs(step):
+        if resync:
             policy.copy("theta", "shadow")
         norm = policy.apply("theta", joint)                                            # (1)
         joint.clear()
         if resync:  # the one-step reading: theta^ is theta and one step of RL, and w's gradient is taken there
-            policy.apply("shadow", rl.theta)
-        rl.theta.clear()
+            policy.apply("shadow", again)
         # Still the snapshot: the gradients at the shadow do not depend on theta, and w has not moved.
         shadow = (gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))
                   if self.shadowed else self.instead(rl))

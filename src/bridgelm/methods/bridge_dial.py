@@ -35,6 +35,7 @@ from bridgelm.data import Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
+    length,
     report,
     shadow_coef,
     shadow_gather,
@@ -51,7 +52,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class BridgeDial(Method):
     tier = "experimental"
-    gradients = 3
+    gradients = 2
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda by the slope of reward along theta - shadow", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -69,7 +70,7 @@ class BridgeDial(Method):
         return min(max(value, -self.options.limit), self.options.limit)
 
     def setup(self, policy: Policy) -> None:
-        shadow_setup(policy, self.options, self.run.optim.kind)
+        shadow_setup(policy, self.options, self.run.optim.adam)
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         rows, self.sampled = shadow_gather(data, roll, self.options, self.run, step)
@@ -84,11 +85,11 @@ class BridgeDial(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam = self.options, self.lam
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
+        pull = length(policy, sft)
+        policy.park(sft.theta)
         rl = policy.grad(self.terms, batch, rl_coef(o.rl))
-        found = shares(policy, sft, rl, lam)
-        joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))
-        sft.theta.clear()  # a gradient of theta is as large as the model: none is kept longer than needed
-        rl.theta.clear()
+        found = shares(pull, length(policy, rl), lam)
+        joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))  # each is as large as the model: both are used up
         shadow = policy.grad(self.shadow_terms, batch, shadow_coef(o.rl), at="shadow")
         # D was made by the steps before, so it knows nothing of these rollouts: on rollouts that it had been fitted to,
         # z would find that theta is better on them whatever it is elsewhere.

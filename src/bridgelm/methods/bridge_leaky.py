@@ -35,6 +35,7 @@ from bridgelm.methods.base import Form, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
     gradient_or_last,
+    length,
     report,
     shadow_coef,
     shadow_gather,
@@ -53,7 +54,7 @@ ROUNDING = 1e-5  # a third term this small beside RL's own is what the differenc
 @final
 class BridgeLeaky(Method):
     tier = "experimental"
-    gradients = 4
+    gradients = 3
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="w's rate by the agreement of half-batches", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -68,7 +69,7 @@ class BridgeLeaky(Method):
         return min(max(self.product / self.size, 0.0), 1.0) if self.size else 1.0
 
     def setup(self, policy: Policy) -> None:
-        shadow_setup(policy, self.options, self.run.optim.kind)
+        shadow_setup(policy, self.options, self.run.optim.adam)
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         rows, self.sampled = shadow_gather(data, roll, self.options, self.run, step)
@@ -83,11 +84,11 @@ class BridgeLeaky(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam, parts = self.options, self.options.lam, halves(batch)
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
+        pull = length(policy, sft)
+        policy.park(sft.theta)
         rl, rl_w = grad_by_parts(policy, self.terms, parts, rl_coef(o.rl))
-        found = shares(policy, sft, rl, lam)
-        joint = grads.mix((1 - lam, sft.theta), (lam, rl.theta))
-        sft.theta.clear()  # a gradient of theta is as large as the model: none is kept longer than needed
-        rl.theta.clear()
+        found = shares(pull, length(policy, rl), lam)
+        joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))  # each is as large as the model: both are used up
         shadow = gradient_or_last(policy, o, step, lambda: self.at_shadow(policy, parts, rl_w))
         if shadow.theta:
             policy.lean("shadow", "theta", o.leak)  # before theta's step, after the shadow's gradient: the snapshot

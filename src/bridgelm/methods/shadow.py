@@ -3,9 +3,9 @@ policy's rollouts, corrected by token ratios. Functions only: the equations stan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 
 import numpy as np
 from torch import Tensor
@@ -23,15 +23,14 @@ OF_SHADOW = {"pg": "shadow", "kl": "shadow_kl"}  # the shadow's name of each str
 STILL = 1e-3  # share of theta's step under which the shadow's own step counts as none
 
 
-def shadow_setup(policy: Policy, o: Shadowed, kind: str) -> None:
+def shadow_setup(policy: Policy, o: Shadowed, adam: bool) -> None:
     """theta, w, and a shadow in theta's metric: equal gradients then move theta and the shadow equally."""
     rl_setup(policy, o.rl)
     policy.add_w(o.rank, o.alpha, o.modules)
     policy.fork("shadow")
     keep_gradient(policy, o)
     policy.optimiser("theta")
-    shared = kind == "adamw"
-    policy.optimiser("shadow", kind="shared_moments" if shared else "sgd", moments_of="theta" if shared else None)
+    policy.optimiser("shadow", kind="shared_moments" if adam else "sgd", moments_of="theta" if adam else None)
     policy.optimiser("w", lr=o.beta)
 
 
@@ -111,10 +110,14 @@ def shadow_coef(rl: PolicyGradient) -> dict[str, float]:
 
 # -- what to watch -------------------------------------------------------------------------------------------------
 
-def shares(policy: Policy, sft: Grads, rl: Grads, lam: float) -> Metrics:
-    """How much of theta's step comes from either teacher, in the metric that Adam steps in."""
-    pull = (1 - lam) * grads.norm(policy.precondition("theta", sft.theta))
-    push = lam * grads.norm(policy.precondition("theta", rl.theta))
+def length(policy: Policy, found: Grads) -> float:
+    """Of a gradient of theta in the metric that Adam steps in, tensor by tensor: one is as large as the model."""
+    return math.hypot(*(grads.norm(policy.precondition("theta", {name: g})) for name, g in found.theta.items()))
+
+
+def shares(sft: float, rl: float, lam: float) -> Metrics:
+    """How much of theta's step comes from either teacher, by the lengths of their gradients."""
+    pull, push = (1 - lam) * sft, lam * rl
     return {"share_sft": pull / max(pull + push, 1e-30), "share_rl": push / max(pull + push, 1e-30)}
 
 
@@ -137,7 +140,7 @@ def report(sft: Grads, rl: Grads, shadow: Grads, norm: float, found: Metrics) ->
 def shadow_warnings(name: str, metrics: Metrics, use: str) -> list[str]:
     """What a user should know about the shadow, said once by the trainer. `use`: what the method needs it for."""
     out = []
-    theta, shadow = metrics["bridge/theta_move"], metrics.get("bridge/shadow_move", inf)
+    theta, shadow = metrics["bridge/theta_move"], metrics.get("bridge/shadow_move", math.inf)
     if metrics["bridge/norm_shadow"] > 0 and shadow < STILL * theta:  # no gradient: nothing to say about its step
         out.append(f"{name}'s shadow hardly moves by itself (under a thousandth of theta's step): {use} is not "
                    "measured against RL")

@@ -116,7 +116,7 @@ class TokenLead(Method):
         length = grads.norm(direction)
         if not length or not nothing.size:
             return nothing, nothing, {}
-        adam = self.run.optim.kind == "adamw"
+        adam = self.run.optim.adam
         moments = adam and bool(policy.optimisers["theta"].optimiser.state)
         # A first guess: one step of Adam's size; without its second moments, a step of length `move`.
         e = self.e or (self.run.optim.lr if moments else self.options.move / length)

@@ -1,0 +1,159 @@
+"""Tensors that lie in host memory or in bfloat16: what they are stepped to, and that small steps add up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridgelm import grads, optim, storage, training
+from bridgelm.config import OptimConfig, make_config
+from bridgelm.errors import UserError
+
+Session = Callable[..., Any]
+HOST = ["shadow", "moments", "gradients"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("value", [1.0009765625, -1.0009765625, 0.0203, -3.3e-7, 123456.7])
+def test_rounding_is_right_in_the_mean(value: float) -> None:
+    n = 40_000
+    found = storage.rounded(torch.full((n,), value), generator()).double()
+    low, high = found.min(), found.max()
+    assert len(found.unique()) == 2
+    assert torch.equal(torch.nextafter(low.bfloat16(), high.bfloat16()), high.bfloat16())
+    error = float(high - low) / 2 / n**0.5  # of the mean, at most
+    assert abs(float(found.mean()) - torch.tensor(value).double().item()) < 4 * error
+
+
+def test_what_bfloat16_has_is_kept() -> None:
+    exact = torch.randn(1000, generator=generator()).bfloat16()
+    assert torch.equal(storage.rounded(exact.float(), generator()), exact)
+
+
+def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
+    """A step is a hundredth of the spacing: rounded to the nearest nothing would ever move."""
+    config = OptimConfig(lr=1e-4, eps=1e-12)
+    wide, narrow, source = (torch.full((64, 64), 1.5, requires_grad=True) for _ in range(3))
+    adam = optim.build("adamw", [source], config, config.lr)
+    steps = 200
+    shared = [optim.build("shared_moments", [p], config, config.lr, adam) for p in (wide, narrow)]
+    narrow.data = narrow.data.bfloat16()
+    form, draws = storage.Form(torch.bfloat16), generator()
+    for k in range(steps):
+        g = torch.randn(64, 64, generator=generator(k)) * 0.1 + 1
+        source.grad, wide.grad = g.clone(), g.clone()
+        adam.step()
+        shared[0].step()
+        storage.step(shared[1], [(narrow, g.clone())], form, form, torch.float32, draws)
+    assert narrow.dtype == shared[1].state[narrow]["exp_avg"].dtype == torch.bfloat16
+    way = float(1.5 - wide.detach().mean())
+    assert way == pytest.approx(steps * config.lr, rel=0.1)
+    assert config.lr < 0.02 * 2**-7
+    assert float(1.5 - narrow.detach().float().mean()) == pytest.approx(way, rel=0.05)
+
+
+def moved(session: Session, method: dict[str, Any], steps: int = 3, **sections: Any) -> dict[str, Tensor]:
+    made = session(method, **sections)
+    for _ in range(steps):
+        training.take_step(made)
+        made.step += 1
+    return {name: t.clone() for name, t in made.policy.tensors().items()}
+
+
+@pytest.mark.parametrize("method", [{"name": "bridge", "rank": 2}, {"name": "bridge_leaky", "rank": 2},
+                                    {"name": "bridge_dial", "rank": 2}, {"name": "grpo"}])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_host_memory_changes_no_bit(method: dict[str, Any], kind: str, session: Session) -> None:
+    plain, hosted = (moved(session, method, optim={"kind": kind, "lr": 0.01, "host": host}) for host in ([], HOST))
+    assert plain.keys() <= hosted.keys()
+    assert all(torch.equal(hosted[name], t) for name, t in plain.items())
+
+
+def test_what_was_moved_is_measured_alike(session: Session) -> None:
+    norms = []
+    for host in ([], HOST):
+        made = session({"name": "bridge", "rank": 2}, optim={"lr": 0.01, "host": host})
+        metrics = [training.take_step(made) for _ in range(2)][-1]
+        norms.append({name: made.policy.optimisers[name].moved for name in ("theta", "shadow", "w")})
+        assert metrics is None or metrics
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    assert min(norms[0].values()) > 0
+
+
+def test_a_shadow_in_bfloat16_is_near_one_in_float32(session: Session) -> None:
+    """And it is half as large: weights and momentum."""
+    found = {kind: moved(session, {"name": "bridge", "rank": 2}, 1, model={"dtype": "float32"},
+                         optim={"lr": 0.01, "shadow": kind}) for kind in ("float32", "bfloat16")}
+    shadow = {kind: {n: t for n, t in tensors.items() if n.startswith(("group/shadow/", "optim/shadow/"))
+                     and not n.endswith("step")} for kind, tensors in found.items()}
+    assert len(shadow["bfloat16"]) > 20
+    assert {t.dtype for t in shadow["bfloat16"].values()} == {torch.bfloat16}
+    for part, share in (("group/", 2**-6), ("optim/", 2**-4)):  # a gradient at rounded weights is another one
+        pairs = [(shadow["bfloat16"][n].float(), t) for n, t in shadow["float32"].items() if n.startswith(part)]
+        off = sum(float((a - b).norm()) ** 2 for a, b in pairs) ** 0.5
+        assert 0 < off < share * sum(float(b.norm()) ** 2 for _, b in pairs) ** 0.5
+
+
+def test_blend_is_mix_and_uses_both_up() -> None:
+    a, b = ({n: torch.randn(3, generator=generator(i)) for n in "xy"} for i in range(2))
+    wanted, memory = grads.mix((0.3, a), (0.7, b)), {n: t.data_ptr() for n, t in a.items()}
+    found = grads.blend((0.3, a), (0.7, b))
+    assert all(torch.equal(found[n], wanted[n]) and found[n].data_ptr() == memory[n] for n in wanted)
+    assert not a
+    assert not b
+
+
+def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install"):
+        optim.build("adamw8bit", [torch.zeros(2, requires_grad=True)], OptimConfig(), 1e-3)
+
+
+@pytest.mark.parametrize(("optim", "key"), [({"host": ["moments"]}, "optim.host"), ({"kind": "adamw8bit"}, "adamw8bit"),
+                                            ({"shadow": "bfloat16"}, "optim.shadow")])
+def test_parts_of_what_lies_elsewhere_are_refused(optim: dict[str, Any], key: str,
+                                                  raw: Callable[..., dict[str, Any]]) -> None:
+    sections: dict[str, Any] = {"model": {"dtype": "float32"}, "optim": optim}
+    make_config(raw("bridge", **sections))
+    with pytest.raises(UserError, match=f"leave out {key}|leave out optim.kind = '{key}'"):
+        make_config(raw("bridge", **sections, shard=True))
+    if key == "adamw8bit":
+        with pytest.raises(UserError, match="has no float64"):
+            make_config(raw("bridge", model={"dtype": "float64"}, optim=optim))
+
+
+def test_moments_of_eight_bits_are_read_as_the_library_reads_them() -> None:
+    library = pytest.importorskip("bitsandbytes")
+    p = torch.randn(65, 300, generator=generator(), requires_grad=True)
+    adam = optim.build("adamw8bit", [p], OptimConfig(), 1e-3)
+    for k in range(3):
+        p.grad = torch.randn(p.shape, generator=generator(k + 1))
+        adam.step()
+    state = adam.state[p]
+    for which in (1, 2):
+        wanted = library.functional.dequantize_blockwise(state[f"state{which}"], absmax=state[f"absmax{which}"],
+                                                         code=state[f"qmap{which}"], blocksize=optim.BLOCK)
+        assert torch.allclose(optim.moment(state, which), wanted.float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("host", [[], HOST])
+def test_eight_bits_follow_the_same_way_and_resume(host: list[str], session: Session) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = {"model": {"dtype": "float32"}, "method": {"name": "bridge", "rank": 2}}
+    method = options.pop("method")
+    whole = {kind: moved(session, method, 4, optim={"kind": kind, "lr": 0.01, "host": host}, **options)
+             for kind in ("adamw", "adamw8bit")}
+    start = moved(session, method, 0, **options)
+    theta = [name for name in start if name.startswith("group/theta/")]
+    off = sum(float((whole["adamw"][n] - whole["adamw8bit"][n]).norm()) ** 2 for n in theta) ** 0.5
+    far = sum(float((whole["adamw"][n] - start[n]).norm()) ** 2 for n in theta) ** 0.5
+    assert off < 0.15 * far
