@@ -23,6 +23,7 @@ import torch
 import torch.distributed as td
 from safetensors.numpy import load, save
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from bridgelm.errors import UserError
 
@@ -77,7 +78,12 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    td.init_process_group(backend, timeout=PATIENCE)
+    store, own, count = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps its store over restarts, and in it the addresses of processes that are gone. The launchers of
+    # several machines count restarts apart; there it is to be told not to keep it (docs/distributed.md).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else None
+    td.init_process_group(backend, store=PrefixStore(f"attempt {attempt}", store), rank=own, world_size=count,
+                          timeout=PATIENCE)
     _State.meetings, _State.over, _State.parted = 0, False, False
     try:
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -16,7 +15,6 @@ from bridgelm.metrics import git_commit, versions
 
 RESULT = Path(__file__).parents[2] / "results" / "dist.json"
 FOUND: dict[str, Counter[str]] = {}
-STARTED = time.time()
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -26,11 +24,12 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of one file renews what is said of its tests."""
     option = session.config.option
     if option.markexpr != "dist" or option.keyword or option.collectonly or hasattr(session.config, "workerinput"):
         return
-    facts = {"tests": {name: dict(counts) for name, counts in sorted(FOUND.items())},
-             "minutes": round((time.time() - STARTED) / 60, 1),
-             "cores": os.cpu_count(), "date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(),
+    facts = {"date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "versions": versions(), "cores": os.cpu_count(),
              "command": "make dist"}
-    RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = known | {name: {**counts, **facts} for name, counts in FOUND.items()}
+    RESULT.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")

@@ -34,7 +34,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: Path) -> None:
-    changes = {"steps": 40, "eval": {"every": 20}, "checkpoint_every": 3, "shard": shard}
+    changes = {"steps": 20, "eval": {"every": 10}, "checkpoint_every": 3, "shard": shard}
     whole, killed = (config_of(raw, "bridge", tmp_path / kind, **changes) for kind in ("whole", "killed"))
     training.train(make_config(whole.resolved()), quiet=True)
     file, run = tmp_path / "killed.json", tmp_path / "killed/runs/run"
@@ -50,7 +50,7 @@ def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: P
     assert process.returncode == 0, said
     info = metrics.read_json(run / "run.json") or {}
     assert (info["status"], info["ranks"]) == ("finished", 2)
-    assert_same_run(run, tmp_path / "whole/runs/run")
+    assert_same_run(run, tmp_path / "whole/runs/run", 1e-6)  # Hugging Face's norms compute in float32
 
 
 def test_a_mistake_is_said_once(raw: Make, tmp_path: Path) -> None:
