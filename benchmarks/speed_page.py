@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ def stamp(part: Mapping[str, Any]) -> str:
 
 
 def comparison(part: Mapping[str, Any]) -> list[str]:
-    lines = [stamp(part), ""]
-    missed = []
+    lines, missed, met = [stamp(part), ""], [], 0
+    known = sorted(part["rows"], key=lambda r: (list(FIXED).index(r["shape"]), r["lengths"], r["dtype"] != "float32"))
     for kind, title in (("step", "A whole GRPO step"), ("rollouts", "Rollouts alone")):
         lines += [f"**{title}**", "", "| model | weights | lengths | rollouts | beside | theirs, s | ours, s | ratio | "
                   "range | target |", "|---|---|---|---:|---|---:|---:|---:|---|---|"]
-        for row in (r for r in part["rows"] if r["kind"] == kind):
+        for row in (r for r in known if r["kind"] == kind):
             ours = next(iter(row["systems"].values()))["seconds"]
             for system, found in list(row["systems"].items())[1:]:
                 aim = target(row, system)
                 verdict = "" if aim is None else f"{aim}, {'met' if found['ratio'] >= aim else '**missed**'}"
+                met += aim is not None and found["ratio"] >= aim
                 if aim is not None and found["ratio"] < aim:
                     what = f"{kind} {row['shape']}, {row['dtype']}, {row['lengths']}"
                     missed.append(f"{what}: {found['ratio']:.2f} of {aim}")
@@ -46,7 +48,11 @@ def comparison(part: Mapping[str, Any]) -> list[str]:
                              f"{NAMES[system]} | {found['seconds']:.2f} | {ours:.2f} | {found['ratio']:.2f} | "
                              f"{low:.2f} to {high:.2f} | {verdict} |")
         lines.append("")
-    return [*lines, "Missed: " + ("; ".join(missed) if missed else "none") + "."]
+    have = {tuple(row[key] for key in ("kind", "shape", "dtype", "lengths")) for row in known}
+    lacking = [", ".join(key) for key in product(("step", "rollouts"), FIXED, ("float32", "bfloat16"),
+                                                 ("fixed", "spread")) if key not in have]
+    lines += [f"Targets met: {met}. Missed: {'; '.join(missed) if missed else 'none'}."]
+    return [*lines, "", f"Not measured yet: {'; '.join(lacking)}."] if lacking else lines
 
 
 def scaling(part: Mapping[str, Any]) -> list[str]:

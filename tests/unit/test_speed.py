@@ -47,4 +47,6 @@ def test_the_slope_and_the_page() -> None:
            "systems": {"bridgelm": {"seconds": 1.0}, "trl": {"seconds": 1.2, "ratio": 1.2, "range": [1.1, 1.3]}}}
     lines = speed_page.comparison({**machine, "rows": [row]})
     assert "1.3, **missed**" in " ".join(lines)
-    assert lines[-1] == "Missed: step small, float32, fixed: 1.20 of 1.3."
+    assert lines[-3] == "Targets met: 0. Missed: step small, float32, fixed: 1.20 of 1.3."
+    assert "step, tiny, float32, spread;" in lines[-1]
+    assert "step, small, float32, fixed" not in lines[-1]
