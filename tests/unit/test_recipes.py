@@ -193,3 +193,17 @@ def test_a_variant_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert "no variant 'jiont'; it has sft, rl" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"it has none; a variant is a table \[variants.NAME\]"):
         load_config(ROOT / "recipes" / "toy" / "sft.toml", ["variant=rl"])
+
+REFUSED = {("qwen3-8b-limr", "")}
+
+
+@pytest.mark.parametrize(("stem", "changes"), [("qwen3-8b-limr", ""), ("qwen3-8b-limr", "variant=adapters"),
+                                               ("qwen2.5-3b-math", "")])
+def test_plan_refuses_what_does_not_fit(stem: str, changes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without data: a plan comes first."""
+    file = ROOT / "recipes" / "paper" / f"{stem}.toml"
+    absent = ["data.train=nowhere.jsonl"]
+    assert main(["plan", str(file), *changes.split(), *absent, "--gpu", "h200"]) == 0
+    printed = capsys.readouterr().out
+    assert ("DOES NOT FIT" in printed) == ((stem, changes) in REFUSED)
+    assert ("It would, at " in printed) == ((stem, changes) in REFUSED), "with what would make it fit"
