@@ -31,7 +31,9 @@ RECIPES = ROOT / "recipes" / "toy"
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": True, "max_position_embeddings": 256}
 METHODS = {"sft": [], "grpo": [], "joint": [], "bridge": [], "barrier": [], "bridge_dial": [], "token_lead": [],
-           "grpo, adapters": ["model.lora_rank=16"], "bridge, adapters": ["model.lora_rank=16"]}
+           "grpo, adapters": ["model.lora_rank=16"], "bridge, adapters": ["model.lora_rank=16"],
+           "bridge, shadow in bfloat16": ["optim.shadow=bfloat16"],
+           "bridge, on the host": ['optim.host=["shadow","gradients"]']}
 KINDS = {"float32": [], "bfloat16": ["model.dtype=bfloat16"],
          "bfloat16, checkpointing": ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]}
 
@@ -99,6 +101,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
               for state in kept.values() if isinstance(state, torch.Tensor)]
     groups = [t for group in policy.groups.values() for t in group.flat().values()]
     standing = alive.know([*policy.params.values(), *policy.frozen.values(), *groups, *states])
+    standing -= sum(size for name, size in planning.memory(config).parts.items() if name.startswith("host/"))
     peaks: dict[str, int] = {"generate": 0, "train": 0}
     generate = session.roll.engine.generate
 
