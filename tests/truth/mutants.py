@@ -71,6 +71,7 @@ AS_IF = '1.0 if self.options.third == "sft" else 0.0'
 PLACEBO = '        placebo = self.placebo(policy, batch, "live")\n'
 PLACEBO_SHADOW = '        placebo_shadow = self.placebo(policy, batch, "shadow")\n'
 DIFFERENCE = "(1.0, placebo), (-1.0, placebo_shadow)"
+DRAWN = "draws.standard_normal((counts[name], *g.shape[1:]))"
 NOISE = "grads.norm(gradient) / grads.norm(noise)"
 
 MUTANTS: dict[str, Mutant] = {
@@ -281,8 +282,8 @@ MUTANTS: dict[str, Mutant] = {
         ),
         "noise",
     ),
-    "noise_positive": Mutant((("draws.standard_normal(g.shape)", "abs(draws.standard_normal(g.shape))"),), "noise"),
-    "noise_uniform": Mutant((("draws.standard_normal(g.shape)", "draws.uniform(-1, 1, g.shape)"),), "noise"),
+    "noise_positive": Mutant(((DRAWN, f"abs({DRAWN})"),), "noise"),
+    "noise_uniform": Mutant(((DRAWN, DRAWN.replace("standard_normal(", "uniform(-1, 1, ")),), "noise"),
     "noise_around_the_bracket": Mutant(
         (
             (

@@ -55,11 +55,14 @@ class FakeRoller:
         self.logps, self.demos = logps, demos or DEMOS
         self.asked: list[tuple[str, list[str], Any]] = []
         self.w: dict[str, torch.Tensor] = {}
+        self.watched: list[Row] = []  # what the live model says of them while w is fitted
+        self.meanwhile: list[np.ndarray] = []
 
     def __call__(self, problems: Any, group: Any = None, at: str = "live", *, numbers: Any = None) -> list[Row]:
         self.asked.append((at, [p.id for p in problems], group))
         if at == "guide":
             self.w = {n: t.detach().clone() for n, t in self.policy.groups["w"].flat().items()}
+            self.meanwhile = self.policy.score(self.watched) if self.watched else []
         rng, rows = np.random.default_rng(len(self.asked)), []
         for p, number in zip(problems, range(len(problems)) if numbers is None else numbers, strict=True):
             for reward in self.rewards[at][p.id]:
@@ -140,14 +143,15 @@ def thrown_away(module: ModuleType) -> None:
     made.policy.optimisers["w"].optimiser = torch.optim.Adam(made.policy.groups["w"].flat().values())
     w, theta = numbers(made.policy, "w"), numbers(made.policy, "theta")
     probe = made.roll([EASY])
-    before = made.policy.score(probe)
+    before, made.roll.watched = made.policy.score(probe), probe
     gathered(made)
     assert same(numbers(made.policy, "w"), w), "w is reset"
     assert not made.policy.optimisers["w"].optimiser.state
     assert same(numbers(made.policy, "theta"), theta), "theta did not move"
     assert any((g != w[n]).any() for n, g in made.roll.w.items()), "w was fitted in between"
-    for a, b in zip(made.policy.score(probe), before, strict=True):
-        close(a, b, 0.0, "what is evaluated and saved")
+    for found in (made.roll.meanwhile, made.policy.score(probe)):
+        for a, b in zip(found, before, strict=True):
+            close(a, b, 0.0, "what is evaluated and saved")
 
 
 def only_the_hard_ones(module: ModuleType) -> None:
