@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # their tokenizer
+
 PROMPT = 20  # words; with its two markers a prompt has 22 tokens
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
-            "<bot> {{ m['content'] }} <eos> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}")
-MARKS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>"]
+MARKS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>"]  # the first words of the tests' tokenizers
 EOS = 1
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -64,16 +65,9 @@ def write_model(folder: Path, shape: str, end: float | None) -> int:
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tiny import save_tokenizer
 
-    words = [*MARKS, *(f"t{i}" for i in range(size - len(MARKS)))]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                        additional_special_tokens=["<user>", "<bot>"])
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, [f"t{i}" for i in range(size - len(MARKS))])
 
 
 def prompts(count: int) -> list[str]:

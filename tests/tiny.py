@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['con
             "<bot> {{ m['content'] }} <eos> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}")
 
 
-def save_tokenizer(folder: Path) -> Any:
+def save_tokenizer(folder: Path, known: Sequence[str] = WORDS) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *WORDS]
+    words = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *known]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",

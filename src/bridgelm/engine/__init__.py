@@ -23,18 +23,15 @@ def open_engine(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
         return _open(config, chat, exchange)
     from bridgelm.engine.ranked import RankedEngine
 
-    if config.rollout.engine == "vllm" and config.rollout.server is None:
-        raise UserError("rollout.engine: vLLM in this process works with one process alone; name a server in "
-                        "rollout.server, or take rollout.engine = 'native'")
-    return RankedEngine(_open(config, chat, exchange), everywhere=config.rollout.server is None)
+    if config.rollout.engine == "vllm":
+        raise UserError("rollout.engine: vLLM works with one training process; start one, or set rollout.engine = "
+                        "'native'")
+    return RankedEngine(_open(config, chat, exchange))
 
 
 def _open(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
     if config.rollout.engine == "native":
         return NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
-    if dist.world() > 1:
-        raise UserError("rollout.engine: vLLM serves one training process yet; start one, or set rollout.engine = "
-                        "'native'")
     from bridgelm.engine.vllm import InProcess, VllmEngine
     from bridgelm.engine.vllm_server import Server
 

@@ -16,9 +16,8 @@ from bridgelm.types import Completion
 
 
 class RankedEngine:
-    def __init__(self, engine: Engine, everywhere: bool = True) -> None:
-        """Without `everywhere` only the first rank has an engine (a server, whose weights one of them sends)."""
-        self.engine, self.everywhere, self.exact = engine, everywhere, engine.exact
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.exact = engine, engine.exact
 
     def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
                  done: Done | None = None) -> list[Completion]:
@@ -50,8 +49,6 @@ class RankedEngine:
 
     def _mine(self, requests: Sequence[Request]) -> list[int]:
         """Equal prompts stay together, as an engine reads one once."""
-        if not self.everywhere:
-            return list(range(len(requests))) if dist.first() else []
         numbers: dict[bytes, int] = {}
         which = [numbers.setdefault(r.prompt.astype(np.int64).tobytes(), len(numbers)) for r in requests]
         share = set(dist.share(len(numbers)))
