@@ -82,6 +82,10 @@ def trl_step(spec: dict[str, Any]) -> Iterator[Found]:
                 "model_init_kwargs": {"dtype": spec["dtype"]}, "output_dir": f"{spec['folder']}/trl"}
     rows = [[{"role": "user", "content": prompt}] for prompt in speed_model.prompts(64)]
     transformers.logging.set_verbosity_error()
+    # What AutoTokenizer makes of a word-level tokenizer beside a Qwen2 knows none of its words.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(spec["folder"])
+    asked = tokenizer.apply_chat_template(rows[0], add_generation_prompt=True, return_dict=False)
+    assert len(asked) == speed_model.PROMPT + 2 and tokenizer.unk_token_id not in asked, asked
 
     class Pause(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **named: Any) -> None:
@@ -93,6 +97,7 @@ def trl_step(spec: dict[str, Any]) -> Iterator[Found]:
 
     pause = Pause()
     trainer = GRPOTrainer(model=spec["folder"], reward_funcs=counted, args=GRPOConfig(**settings),
+                          processing_class=tokenizer,
                           train_dataset=datasets.Dataset.from_dict({"prompt": rows}), callbacks=[pause])
     torch.set_num_threads(1)
     pause.begun = time.process_time()
