@@ -85,7 +85,8 @@ def trl_step(spec: dict[str, Any]) -> Iterator[Found]:
     # What AutoTokenizer makes of a word-level tokenizer beside a Qwen2 knows none of its words.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(spec["folder"])
     asked = tokenizer.apply_chat_template(rows[0], add_generation_prompt=True, return_dict=False)
-    assert len(asked) == speed_model.PROMPT + 2 and tokenizer.unk_token_id not in asked, asked
+    assert len(asked) == speed_model.PROMPT + 2
+    assert tokenizer.unk_token_id not in asked
 
     class Pause(transformers.TrainerCallback):
         def on_step_end(self, *args: Any, **named: Any) -> None:
