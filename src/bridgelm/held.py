@@ -36,6 +36,10 @@ class Whole:
         """This rank's part of a weight."""
         return whole
 
+    def first_row(self, name: str) -> int:
+        """Where this rank's part of a weight begins."""
+        return 0
+
     def kept(self) -> dict[str, Tensor]:
         """What `put` brings back."""
         return {name: p.data for name, p in self.params.items()}
@@ -90,6 +94,9 @@ class Sharded(Whole):
 
     def cut(self, whole: Tensor) -> Tensor:
         return whole[slice(*dist.bounds(len(whole)))].clone()
+
+    def first_row(self, name: str) -> int:
+        return dist.bounds(len(self.params[name]))[0]
 
     def kept(self) -> dict[str, Tensor]:
         return {name: shard.clone() for name, shard in self.local().items()}

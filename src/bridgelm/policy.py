@@ -57,7 +57,7 @@ class Policy(Weights):
         self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
-        self._rounding: torch.Generator | None = None  # made when it is first needed
+        self.noise = storage.Noise(self.seed, self.held.first_row)
 
     @torch.no_grad()
     def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
@@ -195,8 +195,8 @@ class Policy(Weights):
         group = self.groups[name]
         if self._form(name) != storage.PLAIN:
             group.gradients = {"dtype": self.master, "device": self.device}
-            for t in group.full.values():
-                t.data = self._lay(name, t.data)
+            for key, t in group.full.items():
+                t.data = self._lay(name, key, t.data)
 
     def _form(self, group: str) -> storage.Form:
         """How the whole matrices of a group lie, and the moments of its optimiser."""
@@ -205,15 +205,8 @@ class Policy(Weights):
         narrow = self.config.shadow == "bfloat16"
         return storage.Form(torch.bfloat16 if narrow else None, "shadow" in self.config.host)
 
-    def _lay(self, group: str, t: Tensor) -> Tensor:
-        return self._form(group).lay(t, self.rounding)
-
-    @property
-    def rounding(self) -> torch.Generator:
-        if self._rounding is None:
-            planned = self.device.type == "meta"  # nothing is rounded there
-            self._rounding = torch.Generator("cpu" if planned else self.device).manual_seed(self.seed)
-        return self._rounding
+    def _lay(self, group: str, name: str, t: Tensor) -> Tensor:
+        return self._form(group).lay(t, name, self.noise)
 
     def park(self, gradient: Gradient) -> None:
         """A gradient that waits for another one: to host memory, if that is asked for."""
@@ -244,8 +237,8 @@ class Policy(Weights):
         weights = self._form(named.group)
         moments = weights if named.group == "shadow" else storage.Form(host="moments" in self.config.host)
         if (weights, moments) != (storage.PLAIN, storage.PLAIN):
-            return storage.step(named.optimiser, ((p, gradient[key]) for key, p in params.items()), weights, moments,
-                                self.master, self.rounding)
+            return storage.step(named.optimiser, ((key, p, gradient[key]) for key, p in params.items()), weights,
+                                moments, self.master, self.noise)
         for key, p in params.items():
             p.grad = gradient[key]
         named.optimiser.step()
@@ -276,7 +269,7 @@ class Policy(Weights):
         for name, named in self.optimisers.items():
             names = list(self.groups[named.group].flat())
             out |= {f"optim/{name}/{k}": v for k, v in optim.tensors(named.optimiser, names).items()}
-        return out | ({"rounding": self._rounding.get_state()} if self._rounding is not None else {})
+        return out | ({"random/rounding": torch.tensor(self.noise.count)} if self.noise.count else {})
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -291,6 +284,6 @@ class Policy(Weights):
             prefix = f"optim/{name}/"
             mine = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
             optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine)
-        if "rounding" in saved:
-            self.rounding.set_state(saved["rounding"])
+        if "random/rounding" in saved:
+            self.noise.count = int(saved["random/rounding"])
         self._stale = True

@@ -85,7 +85,7 @@ class Weights:
         """A copy of a group under another name: the shadow, or a frozen reference."""
         self.groups[name] = self.groups[of].clone()
 
-    def _lay(self, group: str, t: Tensor) -> Tensor:
+    def _lay(self, group: str, name: str, t: Tensor) -> Tensor:
         """A tensor of a group as it lies between uses."""
         return t
 
@@ -101,7 +101,7 @@ class Weights:
                 wide = t.data.to(self.device, self.master)
                 wide.lerp_(self.groups[toward].flat()[key].detach().to(wide), share)
                 if wide.data_ptr() != t.data_ptr():
-                    t.data = self._lay(name, wide)
+                    t.data = self._lay(name, key, wide)
         self._stale = self._stale or name == "theta"
 
     @contextmanager

@@ -58,7 +58,7 @@ def config_of(raw: Make, name: str, folder: Path, **changes: Any) -> Any:
 
 def fingerprint(trained: Policy) -> int:
     """Of all weights and optimiser states, to the bit."""
-    return zlib.crc32(b"".join(t.detach().numpy().tobytes() for _, t in sorted(trained.tensors().items())))
+    return zlib.crc32(b"".join(t.detach().double().numpy().tobytes() for _, t in sorted(trained.tensors().items())))
 
 
 def standing_bytes(trained: Policy) -> int:
@@ -96,7 +96,7 @@ def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-9) -> None:
                 for run, state in zip((found, wanted), states, strict=True))
     assert one.keys() == two.keys()
     for name in one:
-        assert np.allclose(one[name].numpy(), two[name].numpy(), rtol=tolerance, atol=tolerance), name
+        assert np.allclose(one[name].double(), two[name].double(), rtol=tolerance, atol=tolerance), name
     for state in states:
         state["ledger"].pop("seconds")
     for key in states[0]:
@@ -146,6 +146,16 @@ def test_parts_are_one_process(name: str, count: int, raw: Make, tmp_path: Path)
     assert held[0] == planning.memory(config_of(raw, name, tmp_path / "plan", shard=True), count).standing
 
 
+ELSEWHERE = {"shadow": "bfloat16", "host": ["shadow", "moments", "gradients"]}
+
+
+def test_parts_that_lie_elsewhere_are_one_process(raw: Make, tmp_path: Path) -> None:
+    """Each rank rounds its rows as one process does."""
+    held = same_trajectory(raw, "bridge", 3, tmp_path, shard=True, optim=ELSEWHERE)
+    need = planning.memory(config_of(raw, "bridge", tmp_path / "plan", shard=True, optim=ELSEWHERE), 3)
+    assert held[0] == need.standing + sum(size for part, size in need.parts.items() if part.startswith("host/"))
+
+
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_rank_with_nothing_to_train(shard: bool, raw: Make, tmp_path: Path) -> None:
     """One demonstration, two ranks; and one problem to answer."""
@@ -161,9 +171,9 @@ def test_a_checkpoint_of_two_ranks_resumes_on_others(name: str, counts: tuple[in
 
 
 def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path,
-                   shard: tuple[bool, bool] = (False, False)) -> None:
+                   shard: tuple[bool, bool] = (False, False), **changes: Any) -> None:
     """A signal to the last rank alone stops all of them after the same step. `shard`: before and after the stop."""
-    whole, parted = (config_of(raw, name, tmp_path / kind) for kind in ("whole", "parted"))
+    whole, parted = (config_of(raw, name, tmp_path / kind, **changes) for kind in ("whole", "parted"))
     parted = parted.model_copy(update={"shard": shard[0]})
     training.train(whole, quiet=True)
     run = tmp_path / "parted/runs/run"
@@ -300,6 +310,20 @@ def test_a_checkpoint_resumes_on_any_number(name: str, counts: tuple[int, int], 
 def test_parts_resume_on_any_number(name: str, counts: tuple[int, int], shard: tuple[bool, bool], raw: Make,
                                     tmp_path: Path) -> None:
     stop_and_go_on(raw, name, counts, tmp_path, shard)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("counts", "shard"), [((2, 1), (True, True)), ((2, 4), (True, True)),
+                                               ((2, 2), (True, False)), ((1, 2), (True, True))])
+def test_parts_that_lie_elsewhere_resume_on_any_number(counts: tuple[int, int], shard: tuple[bool, bool], raw: Make,
+                                                       tmp_path: Path) -> None:
+    stop_and_go_on(raw, "bridge", counts, tmp_path, shard, optim=ELSEWHERE)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["bridge_dial", "token_lead", "sequence", "bridge exclusive"])
+def test_other_methods_in_parts_that_lie_elsewhere(name: str, raw: Make, tmp_path: Path) -> None:
+    same_trajectory(raw, name, 4, tmp_path, shard=True, optim=ELSEWHERE)
 
 
 @pytest.mark.dist

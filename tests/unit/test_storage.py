@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("value", [1.0009765625, -1.0009765625, 0.0203, -3.3e-7, 123456.7])
 def test_rounding_is_right_in_the_mean(value: float) -> None:
     n = 40_000
-    found = storage.rounded(torch.full((n,), value), generator()).double()
+    found = storage.rounded(torch.full((n // 200, 200), value), "x", storage.Noise(0)).double()
     low, high = found.min(), found.max()
     assert len(found.unique()) == 2
     assert torch.equal(torch.nextafter(low.bfloat16(), high.bfloat16()), high.bfloat16())
@@ -35,7 +36,44 @@ def test_rounding_is_right_in_the_mean(value: float) -> None:
 
 def test_what_bfloat16_has_is_kept() -> None:
     exact = torch.randn(1000, generator=generator()).bfloat16()
-    assert torch.equal(storage.rounded(exact.float(), generator()), exact)
+    assert torch.equal(storage.rounded(exact.float(), "x", storage.Noise(0)), exact)
+
+
+def draws(shape: tuple[int, ...], noise: storage.Noise) -> np.ndarray:
+    """The sixteen bits that decide, of each element, from -1 to 1."""
+    rows, columns = noise.words("x", torch.empty(shape))
+    return (storage.mixed(rows + columns).numpy() & 0xFFFF) / 2**15 - 1 + 2**-16
+
+
+def test_rounding_draws_evenly_and_each_element_alone() -> None:
+    """Moments of a uniform draw; no correlation with a neighbour, another distance, or the same place next time."""
+    noise = storage.Noise(7)
+    first, second = draws((400, 500), noise), draws((400, 500), noise)
+    error = first.size**-0.5
+    assert abs(first.mean()) < 4 * error / 3**0.5
+    assert abs((first**2).mean() - 1 / 3) < 4 * error * (4 / 45) ** 0.5
+    others = {"next time": (first, second), "rows": (first[1:], first[:-1]), "columns": (first[:, 1:], first[:, :-1]),
+              "diagonal": (first[1:, 1:], first[:-1, :-1]), "64 on": (first[:, 64:], first[:, :-64]),
+              "256 on": (first[256:], first[:-256])}
+    for what, (a, b) in others.items():
+        assert abs((a * b).mean()) < 4 * a.size**-0.5 / 3, what
+    pairs = (first[0::2, 0::2] * first[1::2, 0::2] * first[0::2, 1::2] * first[1::2, 1::2]).mean()
+    assert abs(pairs) < 4 * (first.size / 4) ** -0.5 / 9  # of four in a square, whose words are made of two and two
+    counts = np.histogram(first, 256, (-1, 1))[0]
+    assert abs(((counts - counts.mean()) ** 2 / counts.mean()).sum() - 255) < 4 * (2 * 255) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7,), (7, 2, 3)])
+def test_parts_are_rounded_as_the_whole_is(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three ranks, in pieces of any size."""
+    t = torch.randn(shape, generator=generator())
+    whole = [storage.rounded(t, "x", noise) for noise in [storage.Noise(3)] for _ in range(2)]
+    assert not torch.equal(*whole), "other draws the second time"
+    monkeypatch.setattr(storage, "PIECE", 8)
+    for k, wanted in enumerate(whole):
+        found = [storage.rounded(t[a:b], "x", storage.Noise(3, {"x": a}.__getitem__, k))
+                 for a, b in ((0, 3), (3, 6), (6, 7), (7, 7))]
+        assert torch.equal(torch.cat(found), wanted)
 
 
 def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
@@ -46,13 +84,13 @@ def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
     steps = 200
     shared = [optim.build("shared_moments", [p], config, config.lr, adam) for p in (wide, narrow)]
     narrow.data = narrow.data.bfloat16()
-    form, draws = storage.Form(torch.bfloat16), generator()
+    form, noise = storage.Form(torch.bfloat16), storage.Noise(0)
     for k in range(steps):
         g = torch.randn(64, 64, generator=generator(k)) * 0.1 + 1
         source.grad, wide.grad = g.clone(), g.clone()
         adam.step()
         shared[0].step()
-        storage.step(shared[1], [(narrow, g.clone())], form, form, torch.float32, draws)
+        storage.step(shared[1], [("x", narrow, g.clone())], form, form, torch.float32, noise)
     assert narrow.dtype == shared[1].state[narrow]["exp_avg"].dtype == torch.bfloat16
     way = float(1.5 - wide.detach().mean())
     assert way == pytest.approx(steps * config.lr, rel=0.1)
@@ -118,17 +156,9 @@ def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None
         optim.build("adamw8bit", [torch.zeros(2, requires_grad=True)], OptimConfig(), 1e-3)
 
 
-@pytest.mark.parametrize(("optim", "key"), [({"host": ["moments"]}, "optim.host"), ({"kind": "adamw8bit"}, "adamw8bit"),
-                                            ({"shadow": "bfloat16"}, "optim.shadow")])
-def test_parts_of_what_lies_elsewhere_are_refused(optim: dict[str, Any], key: str,
-                                                  raw: Callable[..., dict[str, Any]]) -> None:
-    sections: dict[str, Any] = {"model": {"dtype": "float32"}, "optim": optim}
-    make_config(raw("bridge", **sections))
-    with pytest.raises(UserError, match=f"leave out {key}|leave out optim.kind = '{key}'"):
-        make_config(raw("bridge", **sections, shard=True))
-    if key == "adamw8bit":
-        with pytest.raises(UserError, match="has no float64"):
-            make_config(raw("bridge", model={"dtype": "float64"}, optim=optim))
+def test_what_does_not_go_together(raw: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="has no float64"):
+        make_config(raw("bridge", model={"dtype": "float64"}, optim={"kind": "adamw8bit"}))
 
 
 def test_moments_of_eight_bits_are_read_as_the_library_reads_them() -> None:

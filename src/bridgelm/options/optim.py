@@ -27,12 +27,5 @@ class OptimConfig(Strict):
     host: list[Literal["shadow", "moments", "gradients"]] = Field(default_factory=list)
 
     @property
-    def apart(self) -> str:
-        """The keys by which something lies in another way than it is used."""
-        return " and ".join(f"optim.{key}" for key, given in (
-            ("kind = 'adamw8bit'", self.kind == "adamw8bit"), ("shadow", self.shadow != "float32"),
-            ("host", bool(self.host))) if given)
-
-    @property
     def adam(self) -> bool:
         return self.kind != "sgd"
