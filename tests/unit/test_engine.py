@@ -132,6 +132,18 @@ def test_rows_are_dropped_when_they_finish(load: Load, monkeypatch: pytest.Monke
     assert [c.finished for c in dropped] == [c.ids[-1] == 1 for c in dropped]
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [3, 1, 2], [1, 0], [2, 1, 1], [1, 1, 2, 3, 0, 0]])
+@torch.inference_mode()
+def test_any_rows_can_be_chosen(load: Load, rows: list[int]) -> None:
+    whole, chosen = (decoders.FastDecoder(load("qwen2"), room=2) for _ in range(2))
+    pad = torch.tensor([[True] * 4, [False, True, True, True], [True] * 4, [False, False, True, True]])
+    for decoder in (whole, chosen):
+        decoder.prefill(torch.arange(5, 21).view(4, 4), pad)
+    chosen.select(np.array(rows))
+    token = torch.tensor([5, 6, 7, 8])
+    torch.testing.assert_close(chosen.step(token[rows]), whole.step(token)[rows])
+
+
 def test_a_shared_prompt_is_read_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ledger, sizes = load("qwen2"), Ledger(1), []
     prefill = decoders.FastDecoder.prefill

@@ -2,13 +2,14 @@
 
 `FastDecoder` spells out Qwen2, Qwen3 and Llama over the model's own modules and one preallocated cache; `ModelDecoder`
 calls any Hugging Face model's own forward with its own cache. A decoder has `prefill`, `select` (keep or repeat rows)
-and `step`, and returns next-token logits (B, V).
+and `step`, and returns next-token logits (B, V). Rows are chosen on the host, so that a device need not be waited for.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 class Decoder(Protocol):
     def prefill(self, ids_BP: Tensor, pad_BP: Tensor) -> Tensor: ...
-    def select(self, rows: Tensor) -> None: ...
+    def select(self, rows: np.ndarray) -> None: ...
     def step(self, token_B: Tensor) -> Tensor: ...
 
 
@@ -60,12 +61,19 @@ class FastDecoder:
         hidden = self._run(self.body.embed_tokens(token_B[:, None]), position_B1, mask, fill=False)
         return self.model.lm_head(hidden[:, -1])
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: np.ndarray) -> None:
+        """Fewer rows are moved within the cache, and only those that do not stay where they are (see `filled`)."""
+        chosen = torch.from_numpy(rows).to(self.start_B.device)
+        at = np.flatnonzero(rows != np.arange(len(rows)))
+        inside = len(rows) <= len(self.start_B)
+        to, source = (torch.from_numpy(x).to(chosen.device) for x in (at, rows[at]))
         for cache in (self.keys, self.values):
             for layer, kept in enumerate(cache):  # one at a time: never two whole caches
-                cache[layer] = kept.index_select(0, rows)
-        self.start_B = self.start_B.index_select(0, rows)
-        self.mask = None if self.mask is None else self.mask.index_select(0, rows)
+                if inside:
+                    kept[to, :, :self.width] = kept[source, :, :self.width]
+                cache[layer] = kept[:len(rows)] if inside else kept.index_select(0, chosen)
+        self.start_B = self.start_B.index_select(0, chosen)
+        self.mask = None if self.mask is None else self.mask.index_select(0, chosen)
 
     def _run(self, hidden: Tensor, position: Tensor, mask: Tensor | None, fill: bool) -> Tensor:
         cos, sin = self.body.rotary_emb(hidden, position)
@@ -99,6 +107,13 @@ class FastDecoder:
         return self.body.norm(hidden)
 
 
+def filled(rows: np.ndarray) -> np.ndarray:
+    """The same rows, in an order in which those that can keep their places; the last ones fill the holes."""
+    order = np.arange(len(rows))
+    order[np.setdiff1d(order, rows)] = rows[rows >= len(rows)]
+    return order
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
@@ -124,9 +139,10 @@ class ModelDecoder:
         self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(token_B), 1)], 1)
         return self._call(token_B[:, None], self.mask_BT.sum(1, keepdim=True) - 1)
 
-    def select(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
-        self.mask_BT = self.mask_BT.index_select(0, rows)
+    def select(self, rows: np.ndarray) -> None:
+        chosen = torch.from_numpy(rows).to(self.mask_BT.device)
+        self.cache.reorder_cache(chosen)
+        self.mask_BT = self.mask_BT.index_select(0, chosen)
 
     def _call(self, ids: Tensor, position: Tensor) -> Tensor:
         out = self.model(input_ids=ids, attention_mask=self.mask_BT, position_ids=position, past_key_values=self.cache,

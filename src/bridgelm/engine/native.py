@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
-from bridgelm.engine.decoders import Decoder, make_decoder
+from bridgelm.engine.decoders import Decoder, filled, make_decoder
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
 BLOCK = 256  # tokens of the vocabulary that are summed before the running sum
-KEEP = 0.8  # rows are compacted when fewer than this share of them is still running
+KEEP = 0.95  # rows are compacted when fewer than this share of them is still running
 
 
 class NativeEngine:
@@ -87,9 +87,9 @@ class NativeEngine:
             if not len(running):
                 break
             if len(running) < KEEP * len(alive):
-                keep = torch.from_numpy(running).to(device)
+                keep = filled(running)
                 decoder.select(keep)
-                token_B, alive = token_B[keep], alive[running]
+                token_B, alive = token_B[torch.from_numpy(keep).to(device)], alive[keep]
             logits_BV = decoder.step(token_B)
         if ledger is not None:
             ledger.generate += prompt_tokens + int(written.length_R.sum())
@@ -109,9 +109,9 @@ class NativeEngine:
         logits_BV = decoder.prefill(torch.from_numpy(ids).to(device), pad_BP.to(device))
         if len(prompts) == len(requests):  # setdefault numbers them in order
             return logits_BV, sum(len(p) for p in prompts)
-        rows = torch.tensor(which, device=device)
+        rows = np.array(which)
         decoder.select(rows)
-        return logits_BV[rows], sum(len(p) for p in prompts)
+        return logits_BV[torch.from_numpy(rows).to(device)], sum(len(p) for p in prompts)
 
 
 class _Written:
