@@ -27,7 +27,7 @@ from typing import Any
 
 import speed_model
 import speed_page
-from speed_curves import curves
+from speed_curves import price, scaling
 
 from bridgelm.metrics import git_commit, versions
 
@@ -37,6 +37,7 @@ ROUNDS = 2
 DTYPES = ("float32", "bfloat16")
 LENGTHS = ("fixed", "spread")
 KINDS = ("step", "rollouts")
+PARTS = ("compare", "scaling", "price")
 KEY = ("kind", "shape", "dtype", "lengths")  # of a row
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ours alone, tiny and in float32; nothing is written")
     parser.add_argument("--page", action="store_true", help="only write docs/performance.md anew")
-    parser.add_argument("--parts", nargs="+", choices=["compare", "curves"], default=["compare", "curves"],
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
                         help="what is measured; other rows of the result file stay")
     parser.add_argument("--shapes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -194,8 +195,10 @@ def main() -> None:
             record["compare"] = {**stamp, "rows": rows}
             print(json.dumps(row), flush=True)
             save(args.out, record)
-    if "curves" in args.parts:
-        record["curves"] = {**stamp, **curves(measure, args.rounds)}
+    if "scaling" in args.parts:
+        record["scaling"] = {**stamp, "rounds": args.rounds, "axes": scaling(measure, args.rounds)}
+    if "price" in args.parts:
+        record["price"] = {**stamp, "rounds": args.rounds, "rows": price(measure, args.rounds)}
     save(args.out, record)
     speed_page.write(record)
 

@@ -10,6 +10,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "results" / "figures" / "price.svg"
 NAMES = {"bridgelm": "BridgeLM", "native": "BridgeLM", "trl": "TRL", "generate": "HF generate", "vllm": "vLLM"}
+FORMULAS = ("formula", "formula, every 2nd step")
+PAPER = 1.13  # the price that it names
 FIXED = {"tiny": 1.5, "small": 1.3, "large": 1.1}
 
 
@@ -57,55 +59,65 @@ def comparison(part: Mapping[str, Any]) -> list[str]:
 
 def scaling(part: Mapping[str, Any]) -> list[str]:
     lines = [stamp(part), "", "| varied | size: seconds of a step | slope |", "|---|---|---:|"]
-    for axis, found in part["scaling"].items():
+    for axis, found in part["axes"].items():
         points = ", ".join(f"{p[axis]}: {p['seconds']:.2f}" for p in found["points"])
         lines.append(f"| {axis} | {points} | {found['slope']:.2f} |")
     return lines
 
 
 def price(part: Mapping[str, Any]) -> list[str]:
-    rows: Sequence[Mapping[str, Any]] = part["price"]
-    names = [name for name in rows[0]["methods"] if name != "grpo"]
-    lines = [stamp(part), "", "| tokens of an answer | grpo, s | s | d | formula | formula, every 2nd step | "
-             + " | ".join(names) + " |", "|---:|" + "---:|" * (5 + len(names))]
-    for row in rows:
-        cells = [f"{row['methods'][n]['price']:.2f}" for n in names]
-        plain = [f"{row[key]:.2f}" for key in ("seconds", "s", "d", "formula", "formula, every 2nd step")]
-        lines.append(f"| {row['length']} | " + " | ".join([*plain, *cells]) + " |")
-    for name, formula in (("bridge", "formula"), ("bridge, every 2nd step", "formula, every 2nd step")):
-        off = [row["methods"][name]["price"] / row[formula] - 1 for row in rows]
-        lines += ["", f"{name}: {min(off):+.1%} to {max(off):+.1%} of its formula (goal: within 5 %)."]
-    lowest = {f: min(row[f] for row in rows) for f in ("formula", "formula, every 2nd step")}
-    lines += ["", "The paper's 1.13 would need a training share of at most "
-              + " or ".join(f"{0.13 / (k + rows[-1]['d']):.2f} ({when})" for k, when in
-                            ((1, "every step"), (0.5, "every 2nd step")))
-              + f"; here it is {min(r['s'] for r in rows):.2f} to {max(r['s'] for r in rows):.2f}, and the formulas do "
-              f"not go under {lowest['formula']:.2f} and {lowest['formula, every 2nd step']:.2f}."]
+    lines = [stamp(part)]
+    for rollouts in dict.fromkeys(row["rollouts"] for row in part["rows"]):
+        rows: Sequence[Mapping[str, Any]] = [row for row in part["rows"] if row["rollouts"] == rollouts]
+        names = [name for name in rows[0]["methods"] if name != "grpo"]
+        lines += ["", f"**{rollouts} rollouts**", "", "| tokens of an answer | grpo, s | s | d | formula | formula, "
+                  "every 2nd step | " + " | ".join(names) + " |", "|---:|" + "---:|" * (5 + len(names))]
+        for row in rows:
+            cells = [f"{row['methods'][n]['price']:.2f}" for n in names]
+            plain = [f"{row[key]:.2f}" for key in ("seconds", "s", "d", *FORMULAS)]
+            lines.append(f"| {row['length']} | " + " | ".join([*plain, *cells]) + " |")
+        for name, formula in zip(("bridge", "bridge, every 2nd step"), FORMULAS, strict=True):
+            off = [row["methods"][name]["price"] / row[formula] - 1 for row in rows]
+            close = sum(abs(x) <= 0.05 for x in off)
+            lines += ["", f"{name}: {min(off):+.1%} to {max(off):+.1%} of its formula, {close} of {len(off)} within 5 "
+                      f"% (the goal); at most {PAPER} {crossing(rows, name)}."]
     return lines
 
 
-def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def crossing(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    prices = {row["length"]: row["methods"][name]["price"] for row in rows}
+    under = [length for length in prices if all(p <= PAPER for n, p in prices.items() if n >= length)]
+    return f"from {min(under)} tokens" if under else f"nowhere up to {max(prices)} tokens ({min(prices.values()):.2f})"
+
+
+def figure(every: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "bridgelm"  # the same file for the same numbers
     from matplotlib import pyplot
 
-    axes: Any
-    drawn, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    lengths = [row["length"] for row in rows]
-    for name in (n for n in rows[0]["methods"] if n != "grpo"):
-        wide = 2.0 if name.startswith("bridge,") or name == "bridge" else 1.0
-        axes.plot(lengths, [row["methods"][name]["price"] for row in rows], marker="o", ms=3, lw=wide, label=name)
-    for formula, style in (("formula", "--"), ("formula, every 2nd step", ":")):
-        axes.plot(lengths, [row[formula] for row in rows], "k" + style, lw=1, label=formula)
-    axes.axhline(1.13, color="gray", lw=0.8)
-    axes.annotate("1.13, the paper's", (lengths[0], 1.13), xytext=(0, 3), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.set(xlabel="tokens of an answer", ylabel="step / grpo step, equal rollouts", ylim=(1, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
+    groups = {n: [row for row in every if row["rollouts"] == n] for n in dict.fromkeys(r["rollouts"] for r in every)}
+    drawn, panels = pyplot.subplots(1, len(groups), figsize=(9.5, 4.2), sharey=True, layout="constrained",
+                                    squeeze=False)
+    names = [name for name in next(iter(groups.values()))[0]["methods"] if name != "grpo"]
+    for axes, (rollouts, rows) in zip(panels[0], groups.items(), strict=True):
+        lengths = [row["length"] for row in rows]
+        for index, name in enumerate(names):
+            if name in rows[0]["methods"]:
+                axes.plot(lengths, [row["methods"][name]["price"] for row in rows], f"C{index}", marker="o", ms=3,
+                          lw=2.0 if name.partition(",")[0] == "bridge" else 1.0, label=name)
+        for formula, style in zip(FORMULAS, ("--", ":"), strict=True):
+            axes.plot(lengths, [row[formula] for row in rows], "k" + style, lw=1, label=formula)
+        axes.axhline(PAPER, color="gray", lw=0.8)
+        axes.annotate(f"{PAPER}, the paper's", (lengths[0], PAPER), xytext=(0, 3), textcoords="offset points",
+                      fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.set(xlabel="tokens of an answer", title=f"{rollouts} rollouts", ylim=(1, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("step / grpo step, equal rollouts")
+    drawn.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, metadata={"Date": None})
     pyplot.close(drawn)
@@ -114,12 +126,11 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def write(record: Mapping[str, Any]) -> None:
     page = ROOT / "docs" / "performance.md"
     text = page.read_text(encoding="utf-8")
-    parts = {"compare": ("compare", comparison), "scaling": ("curves", scaling), "price": ("curves", price)}
-    for mark, (key, table) in parts.items():
+    for key, table in {"compare": comparison, "scaling": scaling, "price": price}.items():
         if key in record:
-            before, rest = text.split(f"<!-- {mark}:begin -->")
-            after = rest.split(f"<!-- {mark}:end -->")[1]
-            text = f"{before}<!-- {mark}:begin -->\n" + "\n".join(table(record[key])) + f"\n<!-- {mark}:end -->{after}"
+            before, rest = text.split(f"<!-- {key}:begin -->")
+            after = rest.split(f"<!-- {key}:end -->")[1]
+            text = f"{before}<!-- {key}:begin -->\n" + "\n".join(table(record[key])) + f"\n<!-- {key}:end -->{after}"
     page.write_text(text, encoding="utf-8")
-    if "curves" in record:
-        figure(record["curves"]["price"], FIGURE)
+    if "price" in record:
+        figure(record["price"]["rows"], FIGURE)

@@ -50,3 +50,17 @@ def test_the_slope_and_the_page() -> None:
     assert lines[-3] == "Targets met: 0. Missed: step small, float32, fixed: 1.20 of 1.3."
     assert "step, tiny, float32, spread;" in lines[-1]
     assert "step, small, float32, fixed" not in lines[-1]
+
+
+def test_where_the_price_falls_under_the_papers() -> None:
+    def rows(*prices: float) -> list[dict[str, Any]]:
+        return [{"length": 32 * 2**i, "methods": {"bridge": {"price": p}}} for i, p in enumerate(prices)]
+    assert speed_page.crossing(rows(1.5, 1.1, 1.2, 1.13, 1.0), "bridge") == "from 256 tokens"
+    assert speed_page.crossing(rows(1.0, 1.5, 1.2), "bridge") == "nowhere up to 128 tokens (1.00)"
+
+
+def test_a_resting_shadow_is_priced_over_two_steps() -> None:
+    def turns(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": s} for s in seconds]
+    found = speed_curves.price_of(turns(1, 3, 2, 4, 1, 5), turns(1, 1, 2, 2, 1, 1))
+    assert found == {"price": 2.0, "range": [1.5, 3.0]}
