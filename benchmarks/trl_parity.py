@@ -132,7 +132,7 @@ def opened(folder: Path) -> Any:
 
 def trl_grpo(folder: Path, settings: dict[str, Any], both: dict[str, Any], out: Path) -> dict[str, Any]:
     """Loss, gradient, advantages, and the log-probs that both are to use."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     prompts, completions, rewards = answers(len(tokenizer), tokenizer.eos_token_id)
     micro = both.get("micro", 1)
     args = GRPOConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none", num_generations=GROUP,
@@ -235,7 +235,7 @@ def compare_grpo(folder: Path, out: Path) -> dict[str, Any]:
 
 def compare_sft(folder: Path, out: Path, loss_type: str, micro: int) -> dict[str, float]:
     """TRL's SFT (`nll`, or `dft`) on demonstrations of unequal lengths; it counts the tokens of all micro-batches."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     prompts, completions, _ = answers(len(tokenizer), tokenizer.eos_token_id)
     args = SFTConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none", loss_type=loss_type,
                      per_device_train_batch_size=len(prompts) // micro, gradient_accumulation_steps=micro)
