@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types recipes learn dist harness study vllm speed clean install
+.PHONY: help demo test lint types recipes learn dist harness eightbit study vllm speed clean install
 
 help:
 	@echo "make demo   BRIDGE beside RL-zero and cold start on the embedded task (CPU, under 8 minutes), with a report"
@@ -13,6 +13,7 @@ help:
 	@echo "make recipes  the recipes for real models, each cut to the size of a test (2 minutes)"
 	@echo "make learn  every toy recipe learns (over a minute each; writes results/learn)"
 	@echo "make harness  lm_eval's numbers on our models against our own code, in .venv-lm-eval (5 minutes)"
+	@echo "make eightbit  optim.kind = 'adamw8bit' with a real bitsandbytes, in .venv-8bit (2 minutes; writes results/eightbit.json)"
 	@echo "make dist   every method on 2 and 4 processes, resumes, killed ranks (minutes; writes results/dist.json)"
 	@echo "make study  all methods, families and layouts, 5 seeds (about an hour; goes on where it stopped; writes results/study)"
 	@echo "make vllm   the vLLM engine with a real vLLM on the CPU, in .venv-vllm (20 minutes; writes results/vllm.json)"
@@ -40,7 +41,7 @@ demo: $(VENV)/.installed
 
 test: lint types $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not dist" --ignore=tests/learn --ignore=tests/harness \
-	  --ignore=tests/real_vllm
+	  --ignore=tests/real_vllm --ignore=tests/eightbit
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
@@ -63,6 +64,17 @@ learn: $(VENV)/.installed-dev
 
 harness: .venv-lm-eval/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest -q tests/harness
+
+.venv-8bit/.installed: constraints.txt pyproject.toml
+	@test -x .venv-8bit/bin/python || $(PYTHON) -m venv .venv-8bit
+	@echo "installing BridgeLM with bitsandbytes into .venv-8bit (this happens once)"
+	@.venv-8bit/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[8bit]' pytest
+	@touch $@
+
+eightbit: .venv-8bit/.installed
+	OMP_NUM_THREADS=1 .venv-8bit/bin/python -m pytest -q tests/eightbit
+
 dist: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m dist tests/dist
 

@@ -39,6 +39,7 @@ def save_model(folder: Path, kind: str = "qwen2", seed: int = 0, scale: float = 
              "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
              "initializer_range": scale}
     names = {"qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+             "wide": ("Qwen2Config", "Qwen2ForCausalLM", {"hidden_size": 256, "intermediate_size": 512}),
              "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 4}),
              "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
              "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"head_dim": 4, "query_pre_attn_scalar": 4}),

@@ -129,9 +129,6 @@ class RunConfig(Strict):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
         if self.optim.kind == "adamw8bit" and self.model.dtype == "float64":
             raise ValueError("optim.kind = 'adamw8bit' has no float64; set model.dtype to float32 or bfloat16")
-        if self.shard and self.optim.kind == "adamw8bit":
-            raise ValueError("shard = true keeps parts of everything as they are used: leave out "
-                             "optim.kind = 'adamw8bit'")
         refuses = next((part for part in parts(self.method) if part.no_refill), None)
         if self.rollout.refill and refuses is not None:
             raise ValueError(f"rollout.refill: set it to 0 for method {refuses.name!r}: "

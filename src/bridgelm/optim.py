@@ -12,8 +12,10 @@ from torch import Tensor
 from bridgelm import grads
 from bridgelm.config import OptimConfig
 from bridgelm.errors import UserError
+from bridgelm.options.optim import NO_LIBRARY
 
 BLOCK = 256  # values of an eight-bit moment that share a scale
+QMAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # the values that codes stand for, by bitsandbytes' names
 
 
 class SharedMoments(torch.optim.Optimizer):
@@ -67,8 +69,28 @@ def _eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("optim.kind = 'adamw8bit' needs bitsandbytes: pip install 'bridgelm[8bit]'") from None
-    return AdamW8bit
+        raise UserError(NO_LIBRARY) from None
+
+    class RowBlocks(AdamW8bit):
+        """Takes eight bits by the shape of a row, not by size, so that ranks with some of the rows do as one process
+        does; and a part without rows, for which kernels are not made."""
+
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            return super().get_config(gindex, pindex, group) | {
+                "min_8bit_size": 0 if in_blocks(group["params"][pindex]) else math.inf}
+
+        def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+            if p.numel():
+                super().update_step(group, p, gindex, pindex)
+            else:
+                self.state[p]["step"] += 1
+
+    return RowBlocks
+
+
+def in_blocks(t: Tensor) -> bool:
+    """Whether the rows of a weight are made of whole blocks: only then its moments take eight bits."""
+    return t.dim() > 1 and t.shape[-1] % BLOCK == 0
 
 
 def moment(state: dict[str, Any], which: int) -> Tensor:
@@ -76,9 +98,9 @@ def moment(state: dict[str, Any], which: int) -> Tensor:
     if (key := ("exp_avg", "exp_avg_sq")[which - 1]) in state:
         return state[key]
     codes = state[f"state{which}"]
-    if codes.dtype != torch.uint8:  # of tensors that are too small to be worth it
+    if codes.dtype != torch.uint8:  # of rows that are not made of whole blocks
         return codes
-    largest = state[f"absmax{which}"].repeat_interleave(BLOCK)[:codes.numel()].view_as(codes)
+    largest = state[f"absmax{which}"].repeat_interleave(BLOCK).view_as(codes)
     return state[f"qmap{which}"][codes.int()] * largest
 
 
@@ -118,11 +140,17 @@ def square_of_step(optimiser: torch.optim.Optimizer, p: Tensor) -> float:
 
 
 def tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The state of a one-group optimiser as flat named tensors, for a checkpoint that is never unpickled."""
+    """The state of a one-group optimiser as flat named tensors, for a checkpoint that is never unpickled. All but the
+    count of steps have the rows of the parameter."""
     params = optimiser.param_groups[0]["params"]
-    return {f"{name}|{key}": torch.as_tensor(value)
+    return {f"{name}|{key}": _scales(value, p) if key.startswith("absmax") else torch.as_tensor(value)
             for name, p in zip(names, params, strict=True) for key, value in optimiser.state.get(p, {}).items()
-            if value is not None}
+            if value is not None and key not in QMAPS}
+
+
+def _scales(absmax: Tensor, p: Tensor) -> Tensor:
+    """Those of a row in a row."""
+    return absmax.view(len(p), -1) if len(p) else absmax.view(0, math.prod(p.shape[1:]) // BLOCK)
 
 
 def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict[str, Tensor]) -> None:
@@ -130,7 +158,11 @@ def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict
     for full_key, value in saved.items():
         name, _, key = full_key.rpartition("|")
         p = by_name[name]
-        if key != "step":
+        if key.startswith("absmax"):
+            optimiser.state[p][key] = value.flatten().to(p.device)
+            qmap = key.replace("absmax", "qmap")
+            optimiser.state[p][qmap] = optimiser.name2qmap[QMAPS[qmap]].to(p.device)  # type: ignore[attr-defined]
+        elif key != "step":
             optimiser.state[p][key] = value.to(p.device)
         elif isinstance(optimiser, torch.optim.AdamW | SharedMoments):
             optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value

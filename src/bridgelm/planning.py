@@ -23,10 +23,11 @@ from bridgelm.held import Whole, layers
 from bridgelm.ledger import Ledger
 from bridgelm.methods import METHODS
 from bridgelm.model_shapes import model_config
+from bridgelm.optim import BLOCK, in_blocks
 from bridgelm.policy import Policy
 from bridgelm.teacher_ids import teacher_model
 
-EIGHT, SMALL = 1 + 4 / 256, 4096  # bytes a value of eight bits with its block's scale; smaller tensors keep float32
+EIGHT = 1 + 4 / BLOCK  # bytes a value of eight bits with its block's scale
 STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size and kind
 
 
@@ -138,7 +139,7 @@ def _standing(policy: Policy, eight: bool) -> dict[str, int]:
         away = (group.full and "shadow" in host) if named.group == "shadow" else "moments" in host
         kind = type(named.optimiser).__name__
         states["host" if away else "standing"] += sum(
-            int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and t.numel() >= SMALL
+            int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and in_blocks(t)
                                             else t.element_size())) for t in group.flat().values())
     return parts | {f"{where}/optimiser": size for where, size in states.items()}
 

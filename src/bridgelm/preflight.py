@@ -13,6 +13,7 @@ from bridgelm.config import ModelConfig, RunConfig, absolute, stage_steps
 from bridgelm.data_sources import FORMS, HUB
 from bridgelm.errors import UserError
 from bridgelm.options import SequenceOptions
+from bridgelm.options.optim import NO_LIBRARY
 from bridgelm.options.teachers import TeacherConfig
 from bridgelm.sinks import check_sinks
 
@@ -63,6 +64,8 @@ def check_static(config: RunConfig, trains: bool = True, reads: bool = True) -> 
     check_sinks(config.log.sinks)
     if trains:
         _check_engine(config)
+    if trains and reads and config.optim.kind == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(NO_LIBRARY)
     if config.rollout.updates > config.rollout.prompts:
         raise UserError(f"rollout.updates: {config.rollout.updates} updates cannot share {config.rollout.prompts} "
                         "groups; raise rollout.prompts or lower rollout.updates")

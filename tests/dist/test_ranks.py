@@ -96,7 +96,10 @@ def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-9) -> None:
                 for run, state in zip((found, wanted), states, strict=True))
     assert one.keys() == two.keys()
     for name in one:
-        assert np.allclose(one[name].double(), two[name].double(), rtol=tolerance, atol=tolerance), name
+        if one[name].dtype == torch.uint8:  # codes: the next one is another number
+            assert float((one[name] != two[name]).double().mean()) <= 50 * tolerance, name
+        else:
+            assert np.allclose(one[name].double(), two[name].double(), rtol=tolerance, atol=tolerance), name
     for state in states:
         state["ledger"].pop("seconds")
     for key in states[0]:
@@ -118,7 +121,8 @@ def close(a: Any, b: Any, tolerance: float) -> bool:
     return a == b
 
 
-def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, shard: bool = False, **changes: Any) -> list[int]:
+def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, shard: bool = False, tolerance: float = 1e-9,
+                    **changes: Any) -> list[int]:
     """Gives the bytes that stand on each rank."""
     whole = config_of(raw, name, tmp_path / "whole", **changes)
     parted = config_of(raw, name, tmp_path / "parted", shard=shard, **changes)
@@ -129,7 +133,7 @@ def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, shard: boo
     if shard:
         assert len({one.pop("weights") for one in said}) == count, "each rank has a part of its own"
     assert all(one == said[0] for one in said), said
-    assert_same_run(tmp_path / "parted/runs/run", tmp_path / "whole/runs/run")
+    assert_same_run(tmp_path / "parted/runs/run", tmp_path / "whole/runs/run", tolerance)
     return standing
 
 
@@ -171,7 +175,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_others(name: str, counts: tuple[in
 
 
 def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path,
-                   shard: tuple[bool, bool] = (False, False), **changes: Any) -> None:
+                   shard: tuple[bool, bool] = (False, False), tolerance: float = 1e-9, **changes: Any) -> None:
     """A signal to the last rank alone stops all of them after the same step. `shard`: before and after the stop."""
     whole, parted = (config_of(raw, name, tmp_path / kind, **changes) for kind in ("whole", "parted"))
     parted = parted.model_copy(update={"shard": shard[0]})
@@ -196,7 +200,7 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
     metrics.write_json(run / "config.json", {**(metrics.read_json(run / "config.json") or {}), "shard": shard[1]})
     assert on_ranks(counts[1], lambda: training.resume(run, quiet=True).status, tmp_path / "then") \
         == ["finished"] * counts[1]
-    assert_same_run(run, tmp_path / "whole/runs/run")
+    assert_same_run(run, tmp_path / "whole/runs/run", tolerance)
 
 
 @pytest.mark.parametrize(("bad", "shard"), [(0, False), (1, True)])

@@ -145,6 +145,7 @@ STATIC: dict[str, tuple[list[str], Callable[[Path], None] | None, list[str]]] = 
     "pattern": (["model.lora_modules='q_proj('"], None, ["model.lora_modules", "regular expression"]),
     "method pattern": (["method.name=bridge", "method.modules='('"], None, ["method.modules", "regular expression"]),
     "updates": (["rollout.prompts=2", "rollout.updates=3"], None, ["rollout.updates", "rollout.prompts"]),
+    "eight bits": (["optim.kind=adamw8bit"], None, ["optim.kind", "pip install 'bridgelm[8bit]'"]),
     "no sink": (["log.sinks=['trackio']"], None, ["log.sinks", "trackio", "pip install"]),
     "existing run": ([], old_run, ["runs/my", "--resume runs/my"]),
     "finished run": ([], finished_run, ["runs/my", "finished", "bridgelm report runs/my"]),
@@ -165,8 +166,9 @@ DATA: dict[str, tuple[list[str], Callable[[Path], None] | None, list[str]]] = {
 
 @pytest.mark.parametrize("case", STATIC)
 def test_mistakes_that_check_sees(case: str, place: Path, refuse: Callable[..., str]) -> None:
-    if case == "no sink" and preflight.find_spec("trackio"):
-        pytest.skip("trackio is installed here")
+    library = {"no sink": "trackio", "eight bits": "bitsandbytes"}.get(case)
+    if library and preflight.find_spec(library):
+        pytest.skip(f"{library} is installed here")
     overrides, spoil, words = STATIC[case]
     if spoil is not None:
         spoil(place)

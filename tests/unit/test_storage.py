@@ -159,31 +159,3 @@ def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_does_not_go_together(raw: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="has no float64"):
         make_config(raw("bridge", model={"dtype": "float64"}, optim={"kind": "adamw8bit"}))
-
-
-def test_moments_of_eight_bits_are_read_as_the_library_reads_them() -> None:
-    library = pytest.importorskip("bitsandbytes")
-    p = torch.randn(65, 300, generator=generator(), requires_grad=True)
-    adam = optim.build("adamw8bit", [p], OptimConfig(), 1e-3)
-    for k in range(3):
-        p.grad = torch.randn(p.shape, generator=generator(k + 1))
-        adam.step()
-    state = adam.state[p]
-    for which in (1, 2):
-        wanted = library.functional.dequantize_blockwise(state[f"state{which}"], absmax=state[f"absmax{which}"],
-                                                         code=state[f"qmap{which}"], blocksize=optim.BLOCK)
-        assert torch.allclose(optim.moment(state, which), wanted.float(), rtol=1e-6)
-
-
-@pytest.mark.parametrize("host", [[], HOST])
-def test_eight_bits_follow_the_same_way_and_resume(host: list[str], session: Session) -> None:
-    pytest.importorskip("bitsandbytes")
-    options = {"model": {"dtype": "float32"}, "method": {"name": "bridge", "rank": 2}}
-    method = options.pop("method")
-    whole = {kind: moved(session, method, 4, optim={"kind": kind, "lr": 0.01, "host": host}, **options)
-             for kind in ("adamw", "adamw8bit")}
-    start = moved(session, method, 0, **options)
-    theta = [name for name in start if name.startswith("group/theta/")]
-    off = sum(float((whole["adamw"][n] - whole["adamw8bit"][n]).norm()) ** 2 for n in theta) ** 0.5
-    far = sum(float((whole["adamw"][n] - start[n]).norm()) ** 2 for n in theta) ** 0.5
-    assert off < 0.15 * far

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from bridgelm.options.base import Rate, Share, Strict
 
+NO_LIBRARY = "optim.kind = 'adamw8bit' needs bitsandbytes: pip install 'bridgelm[8bit]'"
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
