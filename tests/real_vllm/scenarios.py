@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridgelm import dist
 from bridgelm.chat import load_chat
 from bridgelm.config import RunConfig, make_config
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling, open_engine
@@ -125,7 +127,7 @@ def details(origin: Origin, engine: VllmEngine, native: NativeEngine) -> None:
 
 
 def train_toy(model: str, engine: str, seed: int, steps: int, lora: int = 0,
-              server: str | None = None, ahead: bool = False) -> dict[str, Any]:
+              server: str | None = None, ahead: bool = False, shard: bool = False) -> dict[str, Any]:
     """The embedded task with grpo: rewards a step; with vLLM each new set of weights is looked at before it is used."""
     from bridgelm.config import load_config
     from bridgelm.training import train
@@ -141,8 +143,10 @@ def train_toy(model: str, engine: str, seed: int, steps: int, lora: int = 0,
     VllmEngine._sync = verified  # type: ignore[method-assign]
     recipe = Path(__file__).parents[2] / "recipes" / "toy" / "grpo.toml"
     raw = load_config(recipe, [f"seed={seed}", f"steps={steps}", "optim.lr=3e-4", "threads=1"]).resolved()
-    raw["out"], raw["model"] = tempfile.mkdtemp(), {**raw["model"], "name_or_path": model, "dtype": "float32",
-                                                    "device": "cpu", "lora_rank": lora}
+    raw["out"] = os.environ.get("BRIDGELM_TEST_OUT") or tempfile.mkdtemp()  # several ranks have the same
+    raw["model"] = {**raw["model"], "name_or_path": model, "dtype": "float32",
+                    "device": "cpu", "lora_rank": lora}
+    raw["shard"] = shard
     raw["eval"] |= {"every": steps, "problems": 50}
     raw["rollout"] |= {"engine": engine, "server": server, "ahead": ahead, "vllm": {"memory": 0.05}}
     run = train(make_config(raw), quiet=True)
@@ -172,4 +176,7 @@ def verify(engine: VllmEngine, origin: Origin, found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     name, *rest = sys.argv[1:]
-    print(json.dumps(globals()[name](*(json.loads(word) for word in rest))))
+    with dist.joined():
+        found = globals()[name](*(json.loads(word) for word in rest))
+        if dist.first():
+            print(json.dumps(found))

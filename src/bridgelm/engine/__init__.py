@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from bridgelm import dist
 from bridgelm.engine.base import Engine, Origin, Request, Sampling
 from bridgelm.engine.native import NativeEngine
-from bridgelm.errors import UserError
 
 if TYPE_CHECKING:
     from bridgelm.chat import Chat
@@ -23,10 +22,7 @@ def open_engine(config: RunConfig, chat: Chat, exchange: Path) -> Engine:
         return _open(config, chat, exchange)
     from bridgelm.engine.ranked import RankedEngine
 
-    if config.rollout.engine == "vllm":
-        raise UserError("rollout.engine: vLLM works with one training process; start one, or set rollout.engine = "
-                        "'native'")
-    return RankedEngine(_open(config, chat, exchange))
+    return RankedEngine(_open(config, chat, exchange), served=config.rollout.server is not None)
 
 
 def _open(config: RunConfig, chat: Chat, exchange: Path) -> Engine:

@@ -1,6 +1,7 @@
-"""An engine that several ranks share: each answers its part of the requests, and all get all completions.
+"""An engine that several ranks share: each has its part of the requests answered, and all get all completions.
 
-A request draws from a stream of its own, so its tokens do not depend on who answers it.
+A request draws from a stream of its own, so its tokens do not depend on who answers it. Of a server, which all of them
+would ask, only the first rank asks.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from bridgelm.types import Completion
 
 
 class RankedEngine:
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.exact = engine, engine.exact
+    def __init__(self, engine: Engine, served: bool = False) -> None:
+        self.engine, self.exact, self.served = engine, engine.exact, served
 
     def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
                  done: Done | None = None) -> list[Completion]:
         spent = Ledger(0)
         mine = self._mine(requests)
         tell: Done | None = (lambda i, ids: done(mine[i], ids)) if done else None
-        made = self.engine.generate(origin, [requests[i] for i in mine], sampling, spent, tell) if mine else []
+        made = []
+        if self._asks():
+            made = self.engine.generate(origin, [requests[i] for i in mine], sampling, spent, tell)
         found, tokens = self._all(len(requests), mine, made, spent)
         if ledger is not None:
             ledger.generate += tokens
@@ -33,7 +36,7 @@ class RankedEngine:
     def start(self, origin: Origin, requests: Sequence[Request],
               sampling: Sampling) -> Callable[[], list[Completion]]:
         mine = self._mine(requests)
-        waiting = self.engine.start(origin, [requests[i] for i in mine], sampling) if mine else list
+        waiting = self.engine.start(origin, [requests[i] for i in mine], sampling) if self._asks() else list
         return lambda: self._all(len(requests), mine, waiting(), Ledger(0))[0]
 
     def _all(self, count: int, mine: Sequence[int], made: Sequence[Completion],
@@ -47,9 +50,14 @@ class RankedEngine:
         return [Completion(found[f"{i}/ids"], found[f"{i}/raw"], found[f"{i}/logps"], bool(found[f"{i}/finished"]))
                 for i in range(count)], sum(int(found[f"spent/{rank}"]) for rank in range(dist.world()))
 
+    def _asks(self) -> bool:
+        """Also with nothing to ask: engines of several ranks may only be opened together."""
+        return dist.first() or not self.served
+
     def _mine(self, requests: Sequence[Request]) -> list[int]:
-        """Equal prompts stay together, as an engine reads one once."""
-        numbers: dict[bytes, int] = {}
+        if self.served:
+            return list(range(len(requests))) if dist.first() else []
+        numbers: dict[bytes, int] = {}  # equal prompts stay together, as an engine reads one once
         which = [numbers.setdefault(r.prompt.astype(np.int64).tobytes(), len(numbers)) for r in requests]
         share = set(dist.share(len(numbers)))
         return [i for i, number in enumerate(which) if number in share]

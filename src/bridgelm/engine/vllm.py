@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridgelm import dist
 from bridgelm.chat import Chat, model_path
 from bridgelm.config import RunConfig
 from bridgelm.engine.base import Done, Origin, Request, Sampling, spent, stopped
@@ -212,6 +213,11 @@ class InProcess:
                 # Not the head: no adapter of ours is on it, and vLLM's fails where prompts are scored.
                 "lora_target_modules": _linear(trained),
                 "max_lora_rank": next((r for r in RANKS if r >= self.rank), self.rank)} if self.rank else {}
+        group = {}
+        if dist.world() > 1:  # one of several engines of one process each, which joins the group that there is
+            group = {"distributed_executor_backend": "external_launcher"}
+            # When it is closed it would take that group, ours, with it.
+            vars(import_module("vllm.distributed.parallel_state"))["destroy_distributed_environment"] = lambda: None
         try:
             return self.vllm.LLM(
                 model_path(model.name_or_path), revision=model.revision, dtype=model.dtype, seed=0,
@@ -219,7 +225,7 @@ class InProcess:
                 load_format="auto" if self.rank else "dummy", max_model_len=self._longest(),
                 logprobs_mode="processed_logprobs", gpu_memory_utilization=own.memory, enable_prefix_caching=True,
                 enforce_eager=own.eager or not torch.cuda.is_available(), enable_sleep_mode=self.can_sleep,
-                max_num_seqs=min(1024, rollout.prompts * rollout.group), disable_log_stats=True, **lora)
+                max_num_seqs=min(1024, rollout.prompts * rollout.group), disable_log_stats=True, **lora, **group)
         except (ValueError, RuntimeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"rollout.engine: vLLM cannot open {model.name_or_path!r} ({reason}); see rollout.vllm, or "
