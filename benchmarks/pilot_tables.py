@@ -22,6 +22,7 @@ from bridgelm.runs import Run
 from bridgelm.stats import Estimate, at_budget, equivalence, holm, mean_height, mean_interval, paired_difference
 
 MARGIN = 0.025
+EVERY = "mean of the cells"
 DRAWS = 4000
 Cells = dict[str, dict[tuple[str, str], dict[int, dict[str, Any]]]]  # label -> (family, regime) -> seed -> row
 
@@ -109,7 +110,8 @@ def cell_figures(of_cell: list[dict[str, Any]], regret: float, budget: float) ->
 
 def contrasts(values: np.ndarray, labels: list[str], places: list[tuple[str, str]],
               seeds: list[int]) -> list[dict[str, Any]]:
-    """Every method against joint and against cold start, paired by seed: in each cell, and on the mean of the cells."""
+    """Every method against joint and against cold start, paired by seed: in each cell, on the means of families
+    and on the mean of the cells."""
     out = []
     for reference in ("joint", "cold_start"):
         if reference not in labels:
@@ -119,7 +121,10 @@ def contrasts(values: np.ndarray, labels: list[str], places: list[tuple[str, str
             if i == r:
                 continue
             named = {f"{f}/{g}": values[[i, r], j] for j, (f, g) in enumerate(places)}
-            named["mean of the cells"] = values[[i, r]].mean(1)
+            families = list(dict.fromkeys(f for f, _ in places))
+            for family in families if len(families) > 1 else []:
+                named[f"mean of {family}"] = values[[i, r]][:, [f == family for f, _ in places]].mean(1)
+            named[EVERY] = values[[i, r]].mean(1)
             for place, pair in named.items():
                 first, second = (dict(zip(seeds, map(float, of_one), strict=True)) for of_one in pair)
                 gap = paired_difference(first, second)
@@ -127,11 +132,16 @@ def contrasts(values: np.ndarray, labels: list[str], places: list[tuple[str, str
                 out.append({"method": label, "against": reference, "where": place, "value": gap.value, "low": gap.low,
                             "high": gap.high, "p": gap.p,
                             "p_equal": equivalence([first[s] - second[s] for s in seeds], MARGIN)})
-    for where in {one["where"] == "mean of the cells" for one in out}:
-        group = [one for one in out if (one["where"] == "mean of the cells") == where]
+    for which in {kind(one["where"]) for one in out}:
+        group = [one for one in out if kind(one["where"]) == which]
         for one, adjusted in zip(group, holm([one["p"] for one in group]), strict=True):
             one["p_holm"] = adjusted
     return out
+
+
+def kind(where: str) -> str:
+    """Hypotheses of one kind are corrected together."""
+    return where if where == EVERY else "family" if where.startswith("mean of") else "cell"
 
 
 def into_page(found: Mapping[str, Any]) -> None:
@@ -179,7 +189,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     for one in found["contrasts"]:
         if one["p_holm"] is None or one["p_equal"] is None:
             continue
-        if one["where"] == "mean of the cells" or min(one["p_holm"], one["p_equal"]) < 0.05:
+        if kind(one["where"]) != "cell" or min(one["p_holm"], one["p_equal"]) < 0.05:
             lines.append(f"| {one['method']} | {one['against']} | {one['where']} | {100 * one['value']:+.1f} "
                          f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}] | {one['p_holm']:.3f} "
                          f"| {one['p_equal']:.3f} |")
