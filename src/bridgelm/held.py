@@ -7,8 +7,9 @@ ranks, of which the last may be smaller or empty. All of their arithmetic is the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,22 @@ class Whole:
         for name, p in self.params.items():
             p.requires_grad_(name in names)
 
-    def take_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, p in self.params.items():
-            if p.grad is not None:
-                yield name, p.grad
-                p.grad = None
+    @contextmanager
+    def handing_over(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """A block with a backward pass, of which each weight's gradient is taken and freed as soon as it is whole: all
+        of them together would be as large as the model."""
+        def done(name: str, p: Tensor) -> None:
+            assert p.grad is not None
+            take(name, p.grad)
+            p.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(done, name))
+                 for name, p in self.params.items() if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:
@@ -110,9 +122,14 @@ class Sharded(Whole):
         for name, weight in weights:
             shards[name].copy_(weight)
 
-    def take_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, gradient in super().take_gradients():
-            yield name, gradient.to_local()  # type: ignore[attr-defined]
+    @contextmanager
+    def handing_over(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """After the pass: torch adds parts up while it goes on."""
+        yield
+        for name, p in self.params.items():
+            if p.grad is not None:
+                take(name, p.grad.to_local())
+                p.grad = None
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:

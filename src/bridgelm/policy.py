@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,8 @@ class Policy(Weights):
                 loss = torch.stack(list(parts.values())).sum() if parts else 0.0 * live.logp_BT.sum()
                 if not torch.isfinite(loss):
                     broken = broken or {n: float(v.detach()) for n, v in parts.items()}
-                loss.backward()
-                self._drain(((group, out.theta), (w, out.w)))
+                with self.held.handing_over(partial(self._collect, ((group, out.theta), (w, out.w)))):
+                    loss.backward()
                 for n, value in parts.items():
                     out.losses[n] += float(value.detach())
                 self._keep(out.logps, indices, rows, live.logp_BT)
@@ -152,11 +153,11 @@ class Policy(Weights):
         with self.holding(weights) as model:
             return soft_targets(model, micro, target)
 
-    def _drain(self, into: tuple[tuple[Group, Gradient], ...]) -> None:
-        """Moves the model's gradients out, into those of the groups."""
-        for name, g in self.held.take_gradients():
-            for group, gradient in into:
-                group.collect(gradient, name, g.to(self.master))
+    @torch.no_grad()
+    def _collect(self, into: tuple[tuple[Group, Gradient], ...], name: str, g: Tensor) -> None:
+        """Adds a gradient of the model to those of the groups."""
+        for group, gradient in into:
+            group.collect(gradient, name, g.to(self.master))
 
     @staticmethod
     def _keep(into: dict[int, np.ndarray], indices: list[int], rows: list[Row], values_BT: Tensor) -> None:
@@ -258,7 +259,9 @@ class Policy(Weights):
         return out
 
     def dot(self, g: Gradient, h: Gradient, metric: str | None = None) -> float:
-        return grads.dot(g, self.precondition(metric, h) if metric else h)
+        if metric is None:
+            return grads.dot(g, h)
+        return grads.total({n: float((g[n] * self.precondition(metric, {n: x})[n]).sum()) for n, x in h.items()})
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
