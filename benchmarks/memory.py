@@ -1,30 +1,32 @@
 """Bytes a parameter of several methods, measured as tensors that are alive at the same time, beside what
-`bridgelm plan` says of the same run.
+`bridgelm plan` says of the same rows.
 
-    python benchmarks/memory.py [--out results/memory.json]
+    python benchmarks/memory.py [--out results/memory.json] [--only LABEL]
 
-A model of a few million weights takes two real steps on the CPU; during the second every tensor that an operation makes
-is followed until it is freed. What kernels use within themselves is not seen, nor what an allocator wastes.
+A model of a few million weights takes two real steps on the CPU and answers the validation set; from the second step on
+every tensor that an operation makes is followed until it is freed. What is put into host memory is told apart: it is a
+copy of its own here, and so is what is brought back. What kernels use within themselves is not seen, nor what an
+allocator wastes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bridgelm import planning, toy
+from bridgelm import batching, planning, toy
 from bridgelm.config import RunConfig, load_config
 from bridgelm.metrics import git_commit, versions
+from bridgelm.planning_alive import Alive
+from bridgelm.planning_passes import Drawing, Work, largest, row_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "toy"
@@ -36,95 +38,127 @@ METHODS = {"sft": [], "grpo": [], "joint": [], "bridge": [], "barrier": [], "bri
            "bridge, on the host": ['optim.host=["shadow","gradients"]']}
 KINDS = {"float32": [], "bfloat16": ["model.dtype=bfloat16"],
          "bfloat16, checkpointing": ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]}
+OFFLOADED = {"bfloat16, offload": ["model.dtype=bfloat16", "model.offload_activations=true"],
+             "bfloat16, checkpointing, offload": ["model.dtype=bfloat16", "model.gradient_checkpointing=true",
+                                                  "model.offload_activations=true"]}
+PHASES = ("standing", "train", "generate")
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations have made and nobody has freed, and their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-    def know(self, tensors: Any) -> int:
-        """Bytes of what is there already, which is then not followed."""
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                total += storage.nbytes()
-        return total
+def write_config(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """All of a model folder but its weights."""
+    shutil.copytree(toy.model_path("base"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    known = json.loads((folder / "config.json").read_text())
+    ids = {name: known[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in known}
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **shape, **ids}
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    shutil.copytree(toy.model_path("base"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    ids = {name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config}
+    config = write_config(folder, shape)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE, **ids)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(Qwen2Config(**config)).save_pretrained(folder)
 
 
-def measure(config: RunConfig) -> dict[str, Any]:
+def config_of(label: str, kind: str, folder: Path) -> RunConfig:
+    overrides = [f"model.name_or_path={folder}/model", f"out={folder}/runs", f"name={label}-{kind}",
+                 "data.max_prompt_tokens=12", "data.max_demo_tokens=20", "rollout.max_new_tokens=20",
+                 "rollout.prompts=8", "batch.micro_tokens=768", "steps=4", "eval.problems=48", "eval.max_new_tokens=20",
+                 f"reward.functions=['{ROOT}/tests/tiny.py:parity_reward']", *METHODS[label],
+                 *(KINDS | OFFLOADED)[kind]]
+    return load_config(RECIPES / f"{label.partition(',')[0]}.toml", overrides)
+
+
+class Watch:
+    """What a step trained on and drew: for a plan of the same."""
+
+    def __init__(self, alive: Alive, engine: Any) -> None:
+        self.alive, self.engine, self.drawing, self.collate = alive, engine, engine.generate, batching.collate
+        self.micros: list[Any] = []
+        self.drawings: list[Drawing] = []
+        self.peaks = dict.fromkeys(PHASES, 0)
+
+    def __enter__(self) -> Watch:
+        self.engine.generate, batching.collate = self.generate, self.collated
+        self.alive.peak = self.alive.now
+        self.alive.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.alive.__exit__(*error)
+        self.mark("train")
+        self.engine.generate, batching.collate = self.drawing, self.collate
+
+    def mark(self, phase: str) -> None:
+        self.peaks[phase] = max(self.peaks[phase], self.alive.peak)
+        self.alive.peak = self.alive.now
+
+    def collated(self, rows: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            self.micros.append(rows)
+        return self.collate(rows, *args)
+
+    def generate(self, origin: Any, requests: Any, *args: Any, **named: Any) -> Any:
+        self.mark("train")
+        found = self.drawing(origin, requests, *args, **named)
+        self.mark("generate")
+        self.drawings.append(Drawing(len({r.prompt.tobytes() for r in requests}), len(requests),
+                                     max(len(r.prompt) for r in requests), max(len(c.ids) for c in found)))
+        return found
+
+    def work(self) -> dict[str, Any]:
+        kinds = {kind: largest([rows for rows in self.micros if rows[0].kind == kind])
+                 for kind in sorted({rows[0].kind for rows in self.micros})}
+        return {"micros": {kind: [runs(rows) for rows in found] for kind, found in kinds.items()},
+                "drawings": [vars(drawing) for drawing in dict.fromkeys(self.drawings)]}
+
+
+def runs(rows: Any) -> list[list[int]]:
+    """Lengths of prompt and answer, the number of the prompt, and how many rows are such."""
+    numbers: dict[bytes, int] = {}
+    found = []
+    for row in rows:
+        own = int(row.own.sum())
+        prompt = row.ids[:len(row.ids) - own]
+        found.append((len(prompt), own, numbers.setdefault(prompt.tobytes(), len(numbers))))
+    return [[*key, len(list(same))] for key, same in itertools.groupby(found)]
+
+
+def work_of(saved: dict[str, Any]) -> Work:
+    micros = [[row_of(kind, prompt, own, number) for prompt, own, number, times in rows for _ in range(times)]
+              for kind, found in saved["micros"].items() for rows in found]
+    return Work(micros, [Drawing(**drawing) for drawing in saved["drawings"]])
+
+
+def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests"))
     from bridgelm import training
     from tiny import open_session
 
-    session = open_session(config, exact=False)
-    training.take_step(session)
-    policy, alive = session.policy, Alive()
-    states = [state for named in policy.optimisers.values() for kept in named.optimiser.state.values()
-              for state in kept.values() if isinstance(state, torch.Tensor)]
-    groups = [t for group in policy.groups.values() for t in group.flat().values()]
-    standing = alive.know([*policy.params.values(), *policy.frozen.values(), *groups, *states])
-    standing -= sum(size for name, size in planning.memory(config).parts.items() if name.startswith("host/"))
-    peaks: dict[str, int] = {"generate": 0, "train": 0}
-    generate = session.roll.engine.generate
-
-    def between(*args: Any, **named: Any) -> Any:
-        peaks["train"] = max(peaks["train"], alive.peak)
-        alive.peak = alive.now
-        found = generate(*args, **named)
-        peaks["generate"] = max(peaks["generate"], alive.peak)
-        alive.peak = alive.now
-        return found
-
-    session.roll.engine.generate = between
-    with alive:
+    alive = Alive()
+    with alive.host_apart():
+        session = open_session(config, exact=False)
         training.take_step(session)
-    peaks["train"] = max(peaks["train"], alive.peak)
+        policy = session.policy
+        states = [state for named in policy.optimisers.values() for kept in named.optimiser.state.values()
+                  for state in kept.values() if isinstance(state, torch.Tensor)]
+        groups = [t for group in policy.groups.values() for t in group.flat().values()]
+        alive.follow([*policy.params.values(), *policy.frozen.values(), *groups, *states])
+        standing = alive.now
+        with Watch(alive, session.roll.engine) as watch:
+            training.take_step(session)
+            training._measure(session, session.data.splits.validation[:config.eval.problems], 0)
     session.folder.close()
     session.roll.grader.close()
-    return {"standing": standing, "train": standing + peaks["train"], "generate": standing + peaks["generate"]}
+    return {**watch.peaks, "standing": standing}, watch.work()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the table of docs/planning.md anew")
+    parser.add_argument("--only", help="print the rows of one method, and write nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
     args = parser.parse_args()
     if args.page:
@@ -133,34 +167,38 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "model")
-        for label, own in METHODS.items():
-            for kind, of_kind in KINDS.items():
-                overrides = [f"model.name_or_path={folder}/model", f"out={folder}/runs", f"name={label}-{kind}",
-                             "data.max_prompt_tokens=12", "data.max_demo_tokens=20", "rollout.max_new_tokens=20",
-                             "rollout.prompts=8", "batch.micro_tokens=768", "steps=4",
-                             f"reward.functions=['{ROOT}/tests/tiny.py:parity_reward']", *own,
-                             *of_kind]
-                config = load_config(RECIPES / f"{label.partition(',')[0]}.toml", overrides)
-                need, found = planning.memory(config), measure(config)
-                row = {"method": label, "kind": kind, "parameters": need.parameters,
-                       **{f"measured {phase}": round(found[phase] / need.parameters, 2) for phase in found},
-                       **{f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in found}}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    result = {"shape": SHAPE, "commit": git_commit(), "versions": versions(), "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_page(rows)
+        write_model(Path(folder) / "model", SHAPE)
+        points = [*itertools.product(METHODS, KINDS), *itertools.product(["grpo"], OFFLOADED)]
+        for label, kind in points:
+            if args.only not in {None, label}:
+                continue
+            config = config_of(label, kind, Path(folder))
+            found, work = measure(config)
+            need = planning.memory(config, work=work_of(work))
+            row = {"method": label, "kind": kind, "parameters": need.parameters,
+                   **{f"measured {phase}": round(found[phase] / need.parameters, 2) for phase in PHASES},
+                   **{f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in PHASES}}
+            print(json.dumps(row), flush=True)
+            rows.append(row | {"work": work})
+    if not args.only:
+        write({"shape": SHAPE, "commit": git_commit(), "versions": versions()}, rows, args.out)
+        write_page(rows)
+
+
+def write(about: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+    """A row a line."""
+    head = json.dumps(about, indent=1).removesuffix("\n}")
+    out.write_text(head + ',\n "rows": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]\n}\n",
+                   encoding="utf-8")
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    phases = ("standing", "train", "generate")
-    lines = ["| method | weights | " + " | ".join(f"{phase}: measured / planned" for phase in phases) + " |",
-             "|---|---|" + "---:|" * len(phases)]
+    lines = ["| method | weights | " + " | ".join(f"{phase}: measured / planned" for phase in PHASES) + " |",
+             "|---|---|" + "---:|" * len(PHASES)]
     for row in rows:
-        cells = [f"{row[f'measured {phase}']:.1f} / {row[f'planned {phase}']:.1f}" for phase in phases]
+        cells = [f"{row[f'measured {phase}']:.1f} / {row[f'planned {phase}']:.1f}" for phase in PHASES]
         lines.append("| " + " | ".join([row["method"], row["kind"], *cells]) + " |")
-    for phase in phases:
+    for phase in PHASES:
         ratios = [row[f"planned {phase}"] / row[f"measured {phase}"] for row in rows]
         lines += ["", f"{phase}: the plan is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."]
     page, begin, end = ROOT / "docs" / "planning.md", "<!-- memory:begin -->", "<!-- memory:end -->"

@@ -14,6 +14,7 @@ from bridgelm.errors import UserError
 # Tried in this order, each on top of those before, until the run fits.
 CHANGES = (("shard", "true"), ("model.gradient_checkpointing", "true"), ("rollout.max_rows", "128"),
            ("batch.micro_tokens", "8192"), ("rollout.max_rows", "32"), ("batch.micro_tokens", "4096"),
+           ("model.offload_activations", "true"),
            ("optim.host", '["shadow","gradients"]'), ("optim.kind", "adamw8bit"),
            ("optim.host", '["shadow","gradients","moments"]'), ("model.lora_rank", "32"))
 

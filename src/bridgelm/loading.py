@@ -9,6 +9,7 @@ import torch
 from bridgelm.chat import model_path
 from bridgelm.config import ModelConfig
 from bridgelm.errors import UserError
+from bridgelm.offload import offload
 
 
 def pick_device(name: str, section: str = "model") -> torch.device:
@@ -35,6 +36,15 @@ def load_model(config: ModelConfig) -> Any:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{config.section}.name_or_path: {path!r} cannot be opened as a causal language model "
                         f"({reason})") from None
+    if model.generation_config is None:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    return prepared(model, config).to(device)
+
+
+def prepared(model: Any, config: ModelConfig) -> Any:
+    """Without chance, and with what is asked for to save memory."""
+    if config.offload_activations:
+        offload(model)
     if config.gradient_checkpointing:
         # Named anew in transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -47,9 +57,7 @@ def load_model(config: ModelConfig) -> Any:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010
-    if model.generation_config is None:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-    return model.to(device)
+    return model
 
 
 def peak_device_memory() -> dict[str, float]:

@@ -2,32 +2,39 @@
 storage (torch's meta device), so that every method's groups, copies and optimisers are the real ones.
 
     train     weights + masters + other groups + optimiser states + gradients + a merged copy of another point
-              + activations of a micro-batch + a chunk of logits
-    generate  weights + masters + other groups + optimiser states + the cache of keys and values
+              + what a micro-batch's pass makes
+    generate  weights + masters + other groups + optimiser states + the cache of keys and values + what a pass makes
+
+Both passes are run (`planning_passes.py`), on the longest rows that the limits allow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridgelm import forward
+from bridgelm import planning_passes as passes
 from bridgelm.config import ModelConfig, RunConfig, SequenceOptions
+from bridgelm.groups import trainable
 from bridgelm.held import Whole, layers
 from bridgelm.ledger import Ledger
+from bridgelm.loading import prepared
 from bridgelm.methods import METHODS
+from bridgelm.methods.base import Gradients
 from bridgelm.model_shapes import model_config
 from bridgelm.optim import BLOCK, in_blocks
+from bridgelm.packing import packs
+from bridgelm.planning_passes import Models, Work, at_most
 from bridgelm.policy import Policy
 from bridgelm.teacher_ids import teacher_model
 
 EIGHT = 1 + 4 / BLOCK  # bytes a value of eight bits with its block's scale
+TEMPORARY = 3  # tensors of the largest one's size that an optimiser's step, or what measures it, makes of each
 STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size and kind
 
 
@@ -71,11 +78,11 @@ class OnPaper(Whole):
         """Weights are copied in one by one."""
 
 
-def memory(config: RunConfig, gpus: int = 1) -> Need:
-    """The largest need of a run's stages, on one of its cards."""
+def memory(config: RunConfig, gpus: int = 1, work: Work | None = None) -> Need:
+    """The largest need of a run's stages, on one of its cards; `work` is other than the limits allow."""
     if isinstance(config.method, SequenceOptions):
         stages = [config.model_copy(update={"method": stage.method}) for stage in config.method.stages]
-        return max((memory(stage, gpus) for stage in stages), key=lambda need: need.peak)
+        return max((memory(stage, gpus, work) for stage in stages), key=lambda need: need.peak)
     model = empty_model(config.model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
@@ -86,23 +93,36 @@ def memory(config: RunConfig, gpus: int = 1) -> Need:
                     partial(OnPaper, ranks=gpus) if config.shard and gpus > 1 else Whole)
     method = METHODS[config.method.name](config.method, config)
     method.setup(policy)
+    work = work or at_most(config, packs(model))
     with policy.at("live"):
+        models = _models(config.model.model_dump_json(), frozenset(_trained(policy)))
         parts = _standing(policy, eight)
-        parts |= _training(policy, config, method.gradients)
-        parts |= _generating(policy, config)
+        parts |= _training(policy, config, method.gradients, models, work)
+        parts |= _generating(policy, config, models, work)
     if config.teacher is not None:
         teacher = empty_model(teacher_model(config))
         parts["standing/teacher"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
     return Need(ledger.parameters, parts)
 
 
-def empty_model(config: ModelConfig) -> Any:
+def empty_model(config: ModelConfig, layers: int | None = None) -> Any:
+    """Or the first layers of one."""
     from transformers import AutoModelForCausalLM
 
+    shape = model_config(config)
+    if layers and layers < shape.num_hidden_layers:
+        shape.num_hidden_layers = layers
+        if getattr(shape, "layer_types", None):
+            shape.layer_types = shape.layer_types[:layers]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config), dtype=getattr(torch, config.dtype))
-    model.eval()
-    return model
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
+    return prepared(model, config)
+
+
+@lru_cache(maxsize=8)  # advice plans the same model many times
+def _models(raw: str, trained: frozenset[str]) -> Models:
+    config = ModelConfig.model_validate_json(raw)
+    return Models(partial(empty_model, config), model_config(config).num_hidden_layers, trained)
 
 
 class Seen:
@@ -131,12 +151,12 @@ def _standing(policy: Policy, eight: bool) -> dict[str, int]:
     host, seen = policy.config.host, Seen()
     parts = {"standing/weights": seen.fresh([*policy.held.local().values(), *policy.frozen.values()])}
     for name, group in policy.groups.items():
-        where = "host" if name == "shadow" and "shadow" in host and group.full else "standing"
+        where = "host" if _away(policy, name) else "standing"
         parts[f"{where}/{'masters' if name == 'theta' else name}"] = seen.fresh(group.flat().values())
     states = {"standing": 0, "host": 0}
     for named in policy.optimisers.values():
         group = policy.groups[named.group]
-        away = (group.full and "shadow" in host) if named.group == "shadow" else "moments" in host
+        away = _away(policy, "shadow") if named.group == "shadow" else "moments" in host
         kind = type(named.optimiser).__name__
         states["host" if away else "standing"] += sum(
             int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and in_blocks(t)
@@ -144,23 +164,45 @@ def _standing(policy: Policy, eight: bool) -> dict[str, int]:
     return parts | {f"{where}/optimiser": size for where, size in states.items()}
 
 
-def _training(policy: Policy, config: RunConfig, gradients: int) -> dict[str, int]:
+def _away(policy: Policy, group: str) -> bool:
+    """Whether a group lies in host memory."""
+    return group == "shadow" and "shadow" in policy.config.host and bool(policy.groups[group].full)
+
+
+def _trained(policy: Policy) -> set[str]:
+    return trainable(group for group in (policy.groups["theta"], policy.groups.get("w")) if group is not None)
+
+
+def _training(policy: Policy, config: RunConfig, gradients: Gradients, models: Models, work: Work) -> dict[str, int]:
+    """Of the moment that needs most: a pass over rows of a kind, one at another point, or between two passes."""
     theta, w = policy.groups["theta"], policy.groups.get("w")
     groups = [group for group in (theta, w) if group is not None]
-    touched = {name for group in groups for name in (*group.full, *group.low)}
-    # A backward pass makes the model's gradients while it gives activations back: the largest comes first, or is last.
-    own = max(policy.params[name].numel() * policy.params[name].element_size() for name in touched)
-    passing = _passing(policy) if policy.held.apart else {"train/largest gradient": own}
-    buffers = sum(t.numel() * t.element_size() for group in groups for t in group.flat().values())
-    seen = _all(policy)
+    of_theta = sum(t.numel() * policy.master.itemsize for t in theta.flat().values())
+    of_w = sum(t.numel() * policy.master.itemsize for t in w.flat().values()) if w else 0
+    parked = gradients.parked * ("gradients" in config.optim.host)
+
+    def kept(held: int) -> dict[str, int]:
+        return {"train/gradients kept": held * (of_theta + of_w) - min(parked, held - 1) * of_theta}
+
+    largest = max(t.numel() * policy.master.itemsize for group in groups for t in group.flat().values())
+    moments = [{**kept(gradients.between), "train/an optimiser's tensors": TEMPORARY * largest}]
+    for kind in {rows[0].kind for rows in work.micros}:
+        found = passes.training(models, [rows for rows in work.micros if rows[0].kind == kind], policy.master)
+        made = {"train/activations": found.kept, "train/logits and the way back": found.peak - found.kept,
+                "host/activations": found.host, **(_passing(policy) if policy.held.apart else {})}
+        moments += [{**kept(getattr(gradients, kind)), **made}]
+        if kind == "rollout" and (copy := _elsewhere(policy)):
+            moments += [{"train/gradients kept": of_theta + of_w, "train/another point, merged": copy, **made}]
+    return max(moments, key=lambda parts: sum(size for name, size in parts.items() if name.startswith("train/")))
+
+
+def _elsewhere(policy: Policy) -> int:
+    """Another point takes the place of the live weights: what they do not share with masters is given up for it."""
+    theta, seen = policy.groups["theta"], _all(policy)
     points = [name for name, group in policy.groups.items()  # what stands in for theta
               if name not in {"theta", "w"} and group.flat().keys() == theta.flat().keys()]
-    # Another point takes the place of the live weights: what they do not share with masters is given up for it.
     live = _all(policy, False).fresh(policy.held.local().values())
-    copy = max((seen.copy().fresh(policy.weights(point).values()) - live for point in points), default=0)
-    gradients = max(1, gradients - 1) if "gradients" in policy.config.host else gradients
-    return {**passing, "train/gradients kept": gradients * buffers,
-            "train/another point, merged": max(0, copy), **_activations(policy.model, config, touched)}
+    return max((seen.copy().fresh(policy.weights(point).values()) - live for point in points), default=0)
 
 
 def _passing(policy: Policy) -> dict[str, int]:
@@ -174,81 +216,26 @@ def _passing(policy: Policy) -> dict[str, int]:
             "train/gradients of layers": size * (outside + layer) + max(4, size) * max(outside, layer)}
 
 
-def _activations(model: Any, config: RunConfig, touched: set[str]) -> dict[str, int]:
-    """Of one micro-batch as large as batch.micro_tokens allows, in rows of the longest length."""
-    data, length = config.data, config.data.max_prompt_tokens + max(config.rollout.max_new_tokens,
-                                                                    config.data.max_demo_tokens)
-    rows = max(1, config.batch.micro_tokens // length)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in touched)
-    layers, kept = model.config.num_hidden_layers, _kept_by_backward(model, rows, length)
-    if config.model.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
-        inputs = rows * length * model.config.hidden_size * model.dtype.itemsize
-        kept = layers * inputs + kept // layers
-    tokens, vocabulary = rows * (length - data.max_prompt_tokens), model.config.vocab_size
-    chunk = min(tokens * vocabulary, max(forward.CHUNK, vocabulary))
-    return {"train/activations": kept, "train/logits": chunk * (model.dtype.itemsize + 3 * 4)}
-
-
-def _kept_by_backward(model: Any, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of a forward pass up to the last hidden states, attention as fused kernels do it."""
-    seen = Seen()
-    seen.fresh(model.parameters())
-    total = 0
-
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += seen.fresh([tensor])
-        return tensor
-
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")  # whole already: nothing is asked of it
-    with _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return total
-
-
-class _Fused(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output, and a number for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("only what is kept for it is asked for")
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda q, k, v, *rest, **named: _Fused.apply(q, k, v)
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
-
-
-def _generating(policy: Policy, config: RunConfig) -> dict[str, int]:
-    model, c, rollout = policy.model, policy.model.config, config.rollout
-    rows = min(rollout.max_rows, rollout.prompts * rollout.group)
-    width = config.data.max_prompt_tokens + rollout.max_new_tokens
+def _generating(policy: Policy, config: RunConfig, models: Models, work: Work) -> dict[str, int]:
+    """Of the decoding that needs most."""
+    c, model = policy.model.config, policy.model
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * rows * width * model.dtype.itemsize
-    logits = rows * c.vocab_size * (model.dtype.itemsize + 2 * 4 + 8)
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * head * model.dtype.itemsize
     whole = sum(p.numel() * p.element_size() for p in policy.params.values()) if policy.held.apart else 0
-    rebuilt = _all(policy).fresh(policy.weights("live").values())  # beside the old ones, until they take their place
-    return {"generate/keys and values": cache, "generate/logits": logits, "generate/weights made anew": rebuilt,
-            "generate/weights gathered": whole}
+    found = []
+    for drawing in work.drawings:
+        cache = token * drawing.rows * (drawing.prompt + drawing.answer)
+        found.append({"generate/keys and values": cache,
+                      "generate/what a pass makes":
+                          max(0, passes.decoding(models, drawing, config.rollout.temperature) - cache)})
+    return {**max(found, key=lambda parts: sum(parts.values())), "generate/weights gathered": whole}
 
 
 def _all(policy: Policy, live: bool = True) -> Seen:
+    """On the device."""
     seen = Seen()
     seen.fresh([*(policy.held.local().values() if live else ()), *policy.frozen.values()])
-    for group in policy.groups.values():
-        seen.fresh(group.flat().values())
+    for name, group in policy.groups.items():
+        if not _away(policy, name):
+            seen.fresh(group.flat().values())
     return seen

@@ -18,7 +18,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from bridgelm import batching, checkpoint, dist, metrics, planning, policy, training
+from bridgelm import batching, checkpoint, dist, loading, metrics, offload, planning, policy, storage, training
 from bridgelm.config import make_config
 from bridgelm.policy import Policy
 from bridgelm.types import Problem, Row
@@ -335,6 +335,28 @@ def test_other_methods_in_parts_that_lie_elsewhere(name: str, raw: Make, tmp_pat
 def test_other_models_in_parts(kind: str, raw: Make, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     changes = {"gradient_checkpointing": True} if "gradient" in kind else {"name_or_path": str(tiny_folder(kind))}
     same_trajectory(raw, "bridge", 2, tmp_path, True, model={**raw()["model"], **changes})
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_on_the_host_of_weights_in_parts(checkpointing: bool, raw: Make, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathered weights are not among them: they are gathered again for the way back."""
+    models: list[Any] = []
+
+    def place(t: Any) -> int:
+        return (t.to_local() if hasattr(t, "to_local") else t).untyped_storage().data_ptr()
+
+    def to_host(t: torch.Tensor) -> torch.Tensor:
+        assert place(t) not in {place(p) for p in models[-1].parameters()}
+        return t.clone()
+
+    offloaded = offload.offload
+    monkeypatch.setattr(loading, "offload", lambda model: (models.append(model), offloaded(model)))
+    monkeypatch.setattr(storage, "to_host", to_host)
+    monkeypatch.setattr(offload, "SMALL", 0)
+    same_trajectory(raw, "bridge", 2, tmp_path, True, model={**raw()["model"], "offload_activations": True,
+                                                             "gradient_checkpointing": checkpointing})
 
 
 @pytest.mark.dist

@@ -25,7 +25,6 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class Alternate(Method):
     tier = "derived"
-    gradients = 2
     form = Form(data="rollouts, then demos", demo="1", rollout="PPO", controller="one after the other",
                 models="none")
     needs = frozenset({"demos"})
@@ -50,6 +49,7 @@ class Alternate(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         rl = policy.grad(self.terms, batch, rl_coef(self.options.rl))
         metrics = {"grad_norm/theta": policy.apply("theta", rl.theta), "loss/pg": rl.losses["pg"]}
+        rl.theta.clear()  # as large as the model
         if self.imitates(step):
             sft = policy.grad(self.terms, batch, {"nll": 1.0})
             second = "theta_sft" if self.options.optimisers == "two" else "theta"

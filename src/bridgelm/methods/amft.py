@@ -36,7 +36,18 @@ from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
 from bridgelm.grads import Gradient
-from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import (
+    Form,
+    Gradients,
+    Method,
+    descend,
+    rl_coef,
+    rl_rows,
+    rl_setup,
+    rl_terms,
+    sft_rows,
+    sft_terms,
+)
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row
@@ -45,7 +56,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row
 @final
 class Amft(Method):
     tier = "derived"
-    gradients = 3
+    gradients = Gradients(2, 3, 3)
     form = Form(data="rollouts + demos; at times rollouts on validation problems", demo="mu", rollout="(1 - mu) PPO",
                 controller="mu by <g_val, g_SFT - g_RL> and entropy", models="none; reference with rl.kl_coef")
     needs = frozenset({"demos", "val"})
@@ -101,7 +112,7 @@ class Amft(Method):
             found |= self.look(policy, g_val.theta, g_sft.theta, g_rl.theta)
             signal = found["inner"] if self.options.signal == "inner" else found["signal"]
             self.move(self.options.eta * signal + found["entropy_pull"])
-            joint = grads.mix((1 - self.mu, g_rl.theta), (self.mu, g_sft.theta))
+            joint = grads.blend((1 - self.mu, g_rl.theta), (self.mu, g_sft.theta))
             step_taken = {"grad_norm/theta": policy.apply("theta", joint), "loss/nll": g_sft.losses["nll"],
                           "loss/pg": g_rl.losses["pg"]}
             found |= reward_of(batch)

@@ -33,7 +33,7 @@ from bridgelm import batching, grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
 from bridgelm.errors import UserError
-from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy, Terms
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
@@ -44,7 +44,7 @@ SUMS = ("c", "n_sft", "n_rl", "n_rl_squared", "weight", "weight_squared")
 @final
 class Barrier(Method):
     tier = "experimental"
-    gradients = 2
+    gradients = Gradients(2, 3, 3)
     form = Form(data="rollouts + demos", demo="1/(1 + eta)", rollout="nu PPO/(1 + eta)",
                 controller="nu from <g_SFT, g_RL> and two half-batches", models="none")
     needs = frozenset({"demos"})
@@ -77,7 +77,7 @@ class Barrier(Method):
             c, n_sft, n_rl, error = self.averaged(c, n_sft, n_rl)
         nu, held = self.weigh(c, n_sft, n_rl, error, mean_reward(batch))
         whole = 1 + self.options.eta  # where nu > 0 the sum is about as large as g_S: no larger divisor is needed
-        norm = policy.apply("theta", grads.mix((1 / whole, sft), (nu / whole, rl)))
+        norm = policy.apply("theta", grads.blend((1 / whole, sft), (nu / whole, rl)))
         found = {"nu": nu, "held": float(held), "n_sft": n_sft, "n_rl": n_rl}
         if min(n_sft, n_rl) > 0:
             found["conflict"] = c / (math.sqrt(n_sft) * math.sqrt(n_rl))  # a cosine: below 0 they disagree
@@ -129,7 +129,7 @@ def measure(policy: Policy, terms: Terms, halves: tuple[Batch, Batch],
     """Gradient of the batch, its squared norm without the part that is noise, and the terms' losses."""
     a, b = (policy.grad(terms, half, coef) for half in halves)
     square = 4 * policy.dot(a.theta, b.theta, metric="theta")  # each is half of the gradient
-    return grads.mix((1.0, a.theta), (1.0, b.theta)), square, {name: a.losses[name] + b.losses[name] for name in coef}
+    return grads.blend((1.0, a.theta), (1.0, b.theta)), square, {name: a.losses[name] + b.losses[name] for name in coef}
 
 
 def in_fixed_order(batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,16 @@ NEEDS = {
     "val": "a validation set (`data.validation`)",
     "labels": "an answer in every row of `data.train`",
 }
+
+
+class Gradients(NamedTuple):
+    """Tensors of the size of theta and w that a method holds: in a pass over rows of a kind, this one's included, and
+    most that it holds between passes."""
+
+    demo: int
+    rollout: int
+    between: int
+    parked: int = 0  # of those in a pass over rollouts: what `policy.park` is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,7 @@ class Method(ABC):
     tier: ClassVar[Tier]
     form: ClassVar[Form]
     needs: ClassVar[frozenset[str]] = frozenset()
-    gradients: ClassVar[int] = 1  # of the size of theta and w, that it holds at the same time
+    gradients: ClassVar[Gradients] = Gradients(1, 1, 1)
 
     def __init__(self, options: Any, run: RunConfig) -> None:
         self.options, self.run = options, run

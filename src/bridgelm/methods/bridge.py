@@ -43,7 +43,7 @@ from torch import Tensor
 from bridgelm import cooperation, credit, dist, grads, losses
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.methods.shadow import OF_SHADOW, copy_streams, gradient_or_last, keep_gradient, length, rename, shares
 from bridgelm.policy import Grads, Policy
 from bridgelm.rollout import Roller
@@ -55,7 +55,7 @@ PATIENCE = 50  # steps without a third term before saying so
 @final
 class Bridge(Method):
     tier = "derived"
-    gradients = 2
+    gradients = Gradients(1, 2, 2, parked=1)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda constant or linear", models="shadow, low-rank w")
     needs = frozenset({"demos"})

@@ -32,7 +32,7 @@ from torch import Tensor
 from bridgelm import grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Form, Method, rl_coef, rl_terms, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
     length,
@@ -52,7 +52,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class BridgeDial(Method):
     tier = "experimental"
-    gradients = 2
+    gradients = Gradients(1, 2, 2, parked=1)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda by the slope of reward along theta - shadow", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})

@@ -31,7 +31,7 @@ from torch import Tensor
 from bridgelm import batching, grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Form, Method, rl_coef, rl_terms, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
     gradient_or_last,
@@ -54,7 +54,7 @@ ROUNDING = 1e-5  # a third term this small beside RL's own is what the differenc
 @final
 class BridgeLeaky(Method):
     tier = "experimental"
-    gradients = 3
+    gradients = Gradients(1, 3, 3, parked=1)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="w's rate by the agreement of half-batches", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})

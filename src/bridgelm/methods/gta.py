@@ -28,7 +28,7 @@ from bridgelm import grads
 from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Form, Method, credited, rl_coef, rl_setup, rl_terms, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, credited, rl_coef, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row
@@ -37,7 +37,7 @@ from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row
 @final
 class Gta(Method):
     tier = "derived"
-    gradients = 2
+    gradients = Gradients(1, 2, 2)
     form = Form(data="rollouts; the label in the guess", demo="1 (label)", rollout="PPO (not the guess)",
                 controller="RL alone where cos(g_SFT, g_RL) < 0", models="reference with rl.kl_coef (.01)")
     needs = frozenset({"labels"})
@@ -99,7 +99,7 @@ class Gta(Method):
         cosine = policy.dot(sft.theta, rl.theta) / sizes if sizes else 0.0
         dropped = o.gate and cosine < 0
         norms = {"grad_norm/sft": grads.norm(sft.theta), "grad_norm/rl": grads.norm(rl.theta)}
-        norm = policy.apply("theta", rl.theta if dropped else grads.mix((1.0, sft.theta), (1.0, rl.theta)))        # (3)
+        norm = policy.apply("theta", rl.theta if dropped else grads.blend((1.0, sft.theta), (1.0, rl.theta)))      # (3)
         losses = {f"loss/{name}": value for name, value in (sft.losses | rl.losses).items()}
         return {"grad_norm/theta": norm, "gta/cos": cosine, "gta/dropped": float(dropped), **norms, **losses,
                 **self.measured}

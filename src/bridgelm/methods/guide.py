@@ -44,7 +44,6 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 @final
 class Guide(Method):
     tier = "experimental"
-    gradients = 1
     form = Form(data="rollouts of theta and of theta + w; demos for w", demo="0; w: 1 - lambda",
                 rollout="PPO; guided: A .1p/(p + .1)^2", controller="guide's share by its gain",
                 models="low-rank w, removed")

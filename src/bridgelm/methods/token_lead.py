@@ -34,7 +34,7 @@ from torch import Tensor
 from bridgelm import grads
 from bridgelm.config import RunConfig
 from bridgelm.data import Data
-from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
+from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
@@ -49,7 +49,7 @@ TEXT = 120  # characters of a demonstration that are kept for the report
 @final
 class TokenLead(Method):
     tier = "experimental"
-    gradients = 2
+    gradients = Gradients(2, 1, 3)
     form = Form(data="rollouts + demos", demo="mu s/(1 + mu), s = exp(eta alignment), mean 1",
                 rollout="PPO/(1 + mu)", controller="s by two looks ahead along RL's gradient",
                 models="mean RL gradient")
@@ -92,9 +92,7 @@ class TokenLead(Method):
         for i, factor in zip(where, split(weights, demos), strict=True):
             rows[i] = reweighted(rows[i], factor)
         sft = policy.grad(self.terms, replace(batch, rows=tuple(rows)), {"nll": 1.0})
-        joint = grads.mix((scale, rl.theta), (scale * mu, sft.theta))
-        rl.theta.clear()  # each as large as the model
-        sft.theta.clear()
+        joint = grads.blend((scale, rl.theta), (scale * mu, sft.theta))  # each is as large as the model
         norm = policy.apply("theta", joint)                                                             # (4)
         if size:
             # A demonstration without weight has no log-probs of the SFT pass.
