@@ -16,7 +16,8 @@ CHANGES = (("shard", "true"), ("model.gradient_checkpointing", "true"), ("rollou
            ("batch.micro_tokens", "8192"), ("rollout.max_rows", "32"), ("batch.micro_tokens", "4096"),
            ("model.offload_activations", "true"),
            ("optim.host", '["shadow","gradients"]'), ("optim.kind", "adamw8bit"),
-           ("optim.host", '["shadow","gradients","moments"]'), ("model.lora_rank", "32"))
+           ("optim.host", '["shadow","gradients","moments"]'),
+           ("optim.host", '["shadow","gradients","moments","masters"]'), ("model.lora_rank", "32"))
 
 
 def takes(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:

@@ -130,6 +130,9 @@ class RunConfig(Strict):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
         if self.optim.kind == "adamw8bit" and self.model.dtype == "float64":
             raise ValueError("optim.kind = 'adamw8bit' has no float64; set model.dtype to float32 or bfloat16")
+        if "masters" in self.optim.host and self.model.dtype != "bfloat16" and not self.shard:
+            raise ValueError("optim.host: 'masters' are the weights themselves unless model.dtype = 'bfloat16'; set "
+                             "that, or leave them out")
         refuses = next((part for part in parts(self.method) if part.no_refill), None)
         if self.rollout.refill and refuses is not None:
             raise ValueError(f"rollout.refill: set it to 0 for method {refuses.name!r}: "

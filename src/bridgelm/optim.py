@@ -104,9 +104,12 @@ def moment(state: dict[str, Any], which: int) -> Tensor:
     return state[f"qmap{which}"][codes.int()] * largest
 
 
-def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """sqrt(v) + eps of Adam's denominator, bias corrected; None where the optimiser has no such thing. Infinite where
-    no gradient has been seen yet (an embedding that had no token): 1/eps there would drown everything else."""
+def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any],
+                device: torch.device | None = None) -> Tensor | None:
+    """sqrt(v) + eps of Adam's denominator, bias corrected, on a device or where p is; None where the optimiser has no
+    such thing. Infinite where no gradient has been seen yet (an embedding that had no token): 1/eps there would drown
+    everything else."""
+    device = device or p.device
     source = optimiser.source if isinstance(optimiser, SharedMoments) else optimiser
     if source is not optimiser:
         index = next(i for i, x in enumerate(group["params"]) if x is p)
@@ -114,7 +117,7 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
     state = source.state.get(p, {})
     if "exp_avg_sq" not in state and "state2" not in state:
         return None
-    beta2, square = source.param_groups[0]["betas"][1], moment(state, 2).to(p.device)
+    beta2, square = source.param_groups[0]["betas"][1], moment(state, 2).to(device)
     root = square.sqrt() / math.sqrt(1 - beta2 ** float(state["step"])) + group["eps"]
     return root.masked_fill_(square == 0, math.inf)
 
@@ -153,17 +156,19 @@ def _scales(absmax: Tensor, p: Tensor) -> Tensor:
     return absmax.view(len(p), -1) if len(p) else absmax.view(0, math.prod(p.shape[1:]) // BLOCK)
 
 
-def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict[str, Tensor]) -> None:
+def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict[str, Tensor],
+                 device: torch.device) -> None:
+    """`device` is where the moments lie."""
     by_name = dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
     for full_key, value in saved.items():
         name, _, key = full_key.rpartition("|")
         p = by_name[name]
         if key.startswith("absmax"):
-            optimiser.state[p][key] = value.flatten().to(p.device)
+            optimiser.state[p][key] = value.flatten().to(device)
             qmap = key.replace("absmax", "qmap")
-            optimiser.state[p][qmap] = optimiser.name2qmap[QMAPS[qmap]].to(p.device)  # type: ignore[attr-defined]
+            optimiser.state[p][qmap] = optimiser.name2qmap[QMAPS[qmap]].to(device)  # type: ignore[attr-defined]
         elif key != "step":
-            optimiser.state[p][key] = value.to(p.device)
+            optimiser.state[p][key] = value.to(device)
         elif isinstance(optimiser, torch.optim.AdamW | SharedMoments):
             optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
         else:

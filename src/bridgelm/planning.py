@@ -166,7 +166,8 @@ def _standing(policy: Policy, eight: bool) -> dict[str, int]:
 
 def _away(policy: Policy, group: str) -> bool:
     """Whether a group lies in host memory."""
-    return group == "shadow" and "shadow" in policy.config.host and bool(policy.groups[group].full)
+    key = {"shadow": "shadow", "theta": "masters"}.get(group)
+    return key in policy.config.host and bool(policy.groups[group].full)
 
 
 def _trained(policy: Policy) -> set[str]:

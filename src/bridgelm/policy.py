@@ -59,6 +59,7 @@ class Policy(Weights):
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
         self.noise = storage.Noise(self.seed, self.held.first_row)
+        self._settle("theta")
 
     @torch.no_grad()
     def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
@@ -68,7 +69,7 @@ class Policy(Weights):
         for name in w.low:
             target = theta.full.get(name, self.frozen.get(name))
             assert target is not None
-            target.copy_(target.to(self.master) + w.delta(name))
+            target.copy_(target.to(self.device, self.master) + w.delta(name))
         if theta.full:  # matrices that only w trained come back to theta
             theta.full |= {name: t.to(self.master).requires_grad_() for name, t in self.frozen.items()}
             self.frozen = {}
@@ -193,18 +194,25 @@ class Policy(Weights):
 
     def fork(self, name: str, of: str = "theta") -> None:
         super().fork(name, of)
+        self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        """Lays down a group that was just made, wherever what it was made of lies."""
         group = self.groups[name]
-        if self._form(name) != storage.PLAIN:
-            group.gradients = {"dtype": self.master, "device": self.device}
-            for key, t in group.full.items():
-                t.data = self._lay(name, key, t.data)
+        group.gradients = {"dtype": self.master, "device": self.device}
+        for key, t in group.full.items():
+            t.data = self._lay(name, key, t.data.to(self.device))
 
     def _form(self, group: str) -> storage.Form:
-        """How the whole matrices of a group lie, and the moments of its optimiser."""
-        if group != "shadow" or self.lora:  # a low-rank shadow is small
+        """How the whole matrices of a group lie."""
+        if self.lora or group not in ("theta", "shadow"):  # what is low-rank is small
             return storage.PLAIN
-        narrow = self.config.shadow == "bfloat16"
-        return storage.Form(torch.bfloat16 if narrow else None, "shadow" in self.config.host)
+        if group == "theta":
+            return storage.Form(host="masters" in self.config.host)
+        return storage.Form(torch.bfloat16 if self.config.shadow == "bfloat16" else None, "shadow" in self.config.host)
+
+    def _form_of_moments(self, group: str) -> storage.Form:
+        return self._form(group) if group == "shadow" else storage.Form(host="moments" in self.config.host)
 
     def _lay(self, group: str, name: str, t: Tensor) -> Tensor:
         return self._form(group).lay(t, name, self.noise)
@@ -235,8 +243,7 @@ class Policy(Weights):
         return size
 
     def _step(self, named: Named, params: Gradient, gradient: Gradient) -> float:
-        weights = self._form(named.group)
-        moments = weights if named.group == "shadow" else storage.Form(host="moments" in self.config.host)
+        weights, moments = self._form(named.group), self._form_of_moments(named.group)
         if (weights, moments) != (storage.PLAIN, storage.PLAIN):
             return storage.step(named.optimiser, ((key, p, gradient[key]) for key, p in params.items()), weights,
                                 moments, self.master, self.noise)
@@ -254,7 +261,7 @@ class Policy(Weights):
         for key, p in self.groups[named.group].flat().items():
             if key not in gradient:
                 continue
-            root = optim.root_moment(named.optimiser, p, group)
+            root = optim.root_moment(named.optimiser, p, group, self.device)
             out[key] = gradient[key] if root is None else gradient[key] / root
         return out
 
@@ -286,7 +293,8 @@ class Policy(Weights):
         for name, named in self.optimisers.items():
             prefix = f"optim/{name}/"
             mine = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
-            optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine)
+            lie = torch.device("cpu") if self._form_of_moments(named.group).host else self.device
+            optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine, lie)
         if "random/rounding" in saved:
             self.noise.count = int(saved["random/rounding"])
         self._stale = True

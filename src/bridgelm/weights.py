@@ -76,7 +76,7 @@ class Weights:
                     for group in (theta, self.groups.get("reference", theta)):
                         group.low.pop(name, None)
                 elif name in theta.full:
-                    self.frozen[name] = theta.full.pop(name).detach()
+                    self.frozen[name] = theta.full.pop(name).detach().to(self.device)
             if not theta.flat():
                 raise UserError("method.exclusive: w takes every matrix that theta has; narrow method.modules")
         self._stale = True

@@ -106,7 +106,8 @@ def test_parts_step_as_the_whole_and_go_on_in_other_parts() -> None:
     four = [Part({n: kept[n] for n in SHAPES}, rank, 4) for rank in range(4)]
     for part in four:
         optim.load_tensors(part.adam, list(part.weights), {
-            n: t[part.rows[n.partition("|")[0]]] if t.ndim else t for n, t in kept.items() if "|" in n})
+            n: t[part.rows[n.partition("|")[0]]] if t.ndim else t for n, t in kept.items() if "|" in n},
+                           torch.device("cpu"))
         for seed in (2, 3):
             part.step(seed)
     assert same(joined(four), wanted)
@@ -120,7 +121,6 @@ def moved(session: Session, wide: dict[str, Any], steps: int, **options: Any) ->
     made = session({"name": "bridge", "rank": 2}, model=wide, optim={"lr": 0.01, **options})
     for _ in range(steps):
         training.take_step(made)
-        made.step += 1
     return {name: t.clone() for name, t in made.policy.tensors().items()}
 
 

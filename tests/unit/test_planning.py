@@ -69,6 +69,8 @@ def test_what_lies_in_bfloat16_in_eight_bits_or_on_the_host(need: Callable[..., 
     assert hosted.parts["host/shadow"] + hosted.parts["host/optimiser"] == (4 + 4) * n
     assert plain.parts["train/gradients kept"] - hosted.parts["train/gradients kept"] == 4 * n
     assert plain.standing - found(host=["moments"]).standing == 8 * (n + w)
+    away = found(host=["masters"])
+    assert plain.standing - away.standing == away.parts["host/masters"] == 4 * n
     assert "train/another point, merged" not in plain.parts
     for name, share in (("1.5B", 1.0), ("0.5B", 24 * 896 * 4864 / 494_032_768)):  # 0.5B: rows of 896 but for one matrix
         big = {"name_or_path": f"Qwen/Qwen2.5-{name}", "dtype": "bfloat16"}

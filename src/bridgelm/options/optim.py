@@ -24,8 +24,8 @@ class OptimConfig(Strict):
     final: Share = 0.1  # where linear and cosine schedules end, as a share of lr
     shadow: Literal["float32", "bfloat16"] = "float32"  # of a shadow and its momentum; bfloat16: rounded stochastically
     # What lies in host memory, and is moved tensor by tensor when it is used: a shadow and its momentum, the moments
-    # of the other optimisers, a gradient of theta that waits for the next one.
-    host: list[Literal["shadow", "moments", "gradients"]] = Field(default_factory=list)
+    # of the other optimisers, a gradient of theta that waits for the next one, theta in float32.
+    host: list[Literal["shadow", "moments", "gradients", "masters"]] = Field(default_factory=list)
 
     @property
     def adam(self) -> bool:
