@@ -99,8 +99,16 @@ def after_sft(lr: float, **inner: Any) -> Setting:
     return {"method": {"name": "sequence", "stages": [SFT_STAGE, {"method": inner}]}, "lr": lr, "steps": 100 + STEPS}
 
 
+def fading(lr: float, mu: float, mu_end: float, steps: int) -> Setting:
+    """Joint behind the SFT stage with the shares that the dial goes through, and nothing else of it."""
+    fade = {"method": {"name": "joint", "mu": mu, "mu_end": mu_end, "schedule": "linear"}, "steps": steps}
+    rest = {"method": {"name": "joint", "mu": mu_end}, "fresh_optimiser": False}
+    return {"method": {"name": "sequence", "stages": [SFT_STAGE, fade, rest]}, "lr": lr, "steps": 100 + STEPS}
+
+
 IMPROVE: dict[str, Setting] = {
     "sft_joint": after_sft(8e-4, name="joint", mu=0.03),
+    "sft_fade": fading(8e-4, 0.1, 0.0183, 24),
     "sft_dial": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
     "dial_taper": method("bridge_dial", 1e-3, beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
     "sft_barrier": after_sft(8e-4, name="barrier", eta=16.0),

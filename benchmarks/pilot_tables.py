@@ -110,10 +110,10 @@ def cell_figures(of_cell: list[dict[str, Any]], regret: float, budget: float) ->
 
 def contrasts(values: np.ndarray, labels: list[str], places: list[tuple[str, str]],
               seeds: list[int]) -> list[dict[str, Any]]:
-    """Every method against joint and against cold start, paired by seed: in each cell, on the means of families
-    and on the mean of the cells."""
+    """Every method against joint and cold start, and against the dial behind an SFT stage where its controls are;
+    paired by seed, in each cell, on the means of families and on the mean of the cells."""
     out = []
-    for reference in ("joint", "cold_start"):
+    for reference in ("joint", "cold_start", *([] if "sft_fade" not in labels else ["sft_dial"])):
         if reference not in labels:
             continue
         r = labels.index(reference)
@@ -145,8 +145,11 @@ def kind(where: str) -> str:
 
 
 def into_page(found: Mapping[str, Any]) -> None:
-    """The first table of a phase into docs/cooperation.md."""
-    page, begin, end = RESULTS.parents[1] / "docs" / "cooperation.md", "<!-- pilot:begin -->", "<!-- pilot:end -->"
+    """The first table of a phase into docs/cooperation.md, where it has a place there."""
+    page, begin, end = (RESULTS.parents[1] / "docs" / "cooperation.md", f"<!-- {found['phase']}:begin -->",
+                        f"<!-- {found['phase']}:end -->")
+    if begin not in page.read_text():
+        return
     before, rest = page.read_text().split(begin)
     table = markdown(found).split("\nAt the FLOPs of")[0].strip()
     page.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
@@ -353,13 +356,16 @@ def main() -> None:
         shadows(json.loads((RESULTS / "facts.json").read_text())["shadow"], RESULTS / "figures")
     found = rows()
     mixtures(found, RESULTS / "figures")
+    # Controls of what was seen on one family ran on it alone.
+    found += [row | {"phase": f"confirm-{row['family']}"} for row in found
+              if row["phase"] == "confirm" and row["family"] == "jugs"]
     for phase in dict.fromkeys(row["phase"] for row in found):
         if phase == "tune" or not (one := summary(phase, found)):
             continue
         (RESULTS / f"{phase}.json").write_text(json.dumps(one, indent=1) + "\n")
         (RESULTS / f"{phase}.md").write_text(markdown(one))
         figures(one, RESULTS / "figures")
-        into_page(one)  # the latest phase stays
+        into_page(one)
         print(markdown(one))
 
 
