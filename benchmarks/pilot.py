@@ -110,6 +110,8 @@ IMPROVE: dict[str, Setting] = {
     "sft_joint": after_sft(8e-4, name="joint", mu=0.03),
     "sft_fade": fading(8e-4, 0.1, 0.0183, 24),
     "sft_dial": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
+    "sft_dial_plain": after_sft(8e-4, name="bridge_dial", beta=2e-4, eta=0.1, ratio="taper", scales=[1.0],
+                                **{"lambda": 0.91}),  # what it ends with, without a scale that is chosen by validation
     "dial_taper": method("bridge_dial", 1e-3, beta=2e-4, eta=0.1, ratio="taper", **{"lambda": 0.91}),
     "sft_barrier": after_sft(8e-4, name="barrier", eta=16.0),
     "sft_gate": after_sft(8e-4, name="token_lead", mu=0.1, weights="gate", source="wrong_demos"),
