@@ -122,10 +122,10 @@ def close(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, shard: bool = False, tolerance: float = 1e-9,
-                    **changes: Any) -> list[int]:
-    """Gives the bytes that stand on each rank."""
+                    there: dict[str, Any] | None = None, **changes: Any) -> list[int]:
+    """Gives the bytes that stand on each rank. `there`: changes on the ranks alone."""
     whole = config_of(raw, name, tmp_path / "whole", **changes)
-    parted = config_of(raw, name, tmp_path / "parted", shard=shard, **changes)
+    parted = config_of(raw, name, tmp_path / "parted", shard=shard, **{**changes, **(there or {})})
     training.train(whole, quiet=True)
     said = run_on(count, parted, tmp_path / "said")
     assert "meetings" in said[0], said
@@ -150,13 +150,14 @@ def test_parts_are_one_process(name: str, count: int, raw: Make, tmp_path: Path)
     assert held[0] == planning.memory(config_of(raw, name, tmp_path / "plan", shard=True), count).standing
 
 
-ELSEWHERE = {"shadow": "bfloat16", "host": ["shadow", "moments", "gradients"]}
+ELSEWHERE: dict[str, Any] = {"shadow": "bfloat16", "host": ["shadow", "moments", "gradients"]}
 
 
 def test_parts_that_lie_elsewhere_are_one_process(raw: Make, tmp_path: Path) -> None:
     """Each rank rounds its rows as one process does."""
-    held = same_trajectory(raw, "bridge", 3, tmp_path, shard=True, optim=ELSEWHERE)
-    need = planning.memory(config_of(raw, "bridge", tmp_path / "plan", shard=True, optim=ELSEWHERE), 3)
+    there = {"optim": {**ELSEWHERE, "host": [*ELSEWHERE["host"], "masters"]}}
+    held = same_trajectory(raw, "bridge", 3, tmp_path, shard=True, there=there, optim=ELSEWHERE)
+    need = planning.memory(config_of(raw, "bridge", tmp_path / "plan", shard=True, **there), 3)
     assert held[0] == need.standing + sum(size for part, size in need.parts.items() if part.startswith("host/"))
 
 
