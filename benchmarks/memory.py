@@ -1,7 +1,7 @@
 """Bytes a parameter of several methods, measured as tensors that are alive at the same time, beside what
 `bridgelm plan` says of the same rows.
 
-    python benchmarks/memory.py [--out results/memory.json] [--only LABEL]
+    python benchmarks/memory.py [--out results/memory.json] [--only TEXT]
 
 A model of a few million weights takes two real steps on the CPU and answers the validation set; from the second step on
 every tensor that an operation makes is followed until it is freed. What is put into host memory is told apart: it is a
@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "toy"
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": True, "max_position_embeddings": 256}
+# Two layers of Qwen2.5-1.5B with a small vocabulary: what adapters and w add is as small as it is there.
+WIDE = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 2, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True, "max_position_embeddings": 256}
+SHAPES = {"small": SHAPE, "wide": WIDE}
 METHODS = {"sft": [], "grpo": [], "joint": [], "bridge": [], "barrier": [], "bridge_dial": [], "token_lead": [],
            "grpo, adapters": ["model.lora_rank=16"], "bridge, adapters": ["model.lora_rank=16"],
            "bridge, shadow in bfloat16": ["optim.shadow=bfloat16"],
            "bridge, on the host": ['optim.host=["shadow","gradients"]']}
+AT_WIDTH = {"grpo": [], "bridge": [], "bridge, shadow in bfloat16, gradient on the host":
+            ["optim.shadow=bfloat16", 'optim.host=["gradients"]'],
+            "bridge, on the host": METHODS["bridge, on the host"], "grpo, adapters": METHODS["grpo, adapters"],
+            "bridge, adapters": METHODS["bridge, adapters"], "bridge, adapters, moments on the host":
+            [*METHODS["bridge, adapters"], 'optim.host=["gradients","moments"]']}
 KINDS = {"float32": [], "bfloat16": ["model.dtype=bfloat16"],
          "bfloat16, checkpointing": ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]}
 OFFLOADED = {"bfloat16, offload": ["model.dtype=bfloat16", "model.offload_activations=true"],
@@ -62,12 +72,19 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
     AutoModelForCausalLM.from_config(Qwen2Config(**config)).save_pretrained(folder)
 
 
-def config_of(label: str, kind: str, folder: Path) -> RunConfig:
-    overrides = [f"model.name_or_path={folder}/model", f"out={folder}/runs", f"name={label}-{kind}",
+def points() -> list[tuple[str, str, str]]:
+    """Shape, method and kind of weights."""
+    return [*itertools.product(["small"], METHODS, KINDS), *itertools.product(["small"], ["grpo"], OFFLOADED),
+            *itertools.product(["wide"], AT_WIDTH, ["bfloat16, checkpointing"])]
+
+
+def config_of(shape: str, label: str, kind: str, folder: Path) -> RunConfig:
+    few = ["rollout.prompts=2", "batch.demos=8", "eval.problems=8"]
+    own = METHODS[label] if shape == "small" else [*AT_WIDTH[label], *few]
+    overrides = [f"model.name_or_path={folder}/{shape}", f"out={folder}/runs", f"name={shape}-{label}-{kind}",
                  "data.max_prompt_tokens=12", "data.max_demo_tokens=20", "rollout.max_new_tokens=20",
                  "rollout.prompts=8", "batch.micro_tokens=768", "steps=4", "eval.problems=48", "eval.max_new_tokens=20",
-                 f"reward.functions=['{ROOT}/tests/tiny.py:parity_reward']", *METHODS[label],
-                 *(KINDS | OFFLOADED)[kind]]
+                 f"reward.functions=['{ROOT}/tests/tiny.py:parity_reward']", *(KINDS | OFFLOADED)[kind], *own]
     return load_config(RECIPES / f"{label.partition(',')[0]}.toml", overrides)
 
 
@@ -100,12 +117,12 @@ class Watch:
             self.micros.append(rows)
         return self.collate(rows, *args)
 
-    def generate(self, origin: Any, requests: Any, *args: Any, **named: Any) -> Any:
+    def generate(self, origin: Any, requests: Any, sampling: Any, *args: Any, **named: Any) -> Any:
         self.mark("train")
-        found = self.drawing(origin, requests, *args, **named)
+        found = self.drawing(origin, requests, sampling, *args, **named)
         self.mark("generate")
         self.drawings.append(Drawing(len({r.prompt.tobytes() for r in requests}), len(requests),
-                                     max(len(r.prompt) for r in requests), max(len(c.ids) for c in found)))
+                                     max(len(r.prompt) for r in requests), sampling.max_new_tokens))
         return found
 
     def work(self) -> dict[str, Any]:
@@ -132,6 +149,17 @@ def work_of(saved: dict[str, Any]) -> Work:
     return Work(micros, [Drawing(**drawing) for drawing in saved["drawings"]])
 
 
+def standing_tensors(policy: Any) -> Iterator[torch.Tensor]:
+    """One by one: a list would keep those that are replaced."""
+    yield from policy.params.values()
+    yield from policy.frozen.values()
+    for group in policy.groups.values():
+        yield from group.flat().values()
+    for named in policy.optimisers.values():
+        for kept in named.optimiser.state.values():
+            yield from (state for state in kept.values() if isinstance(state, torch.Tensor))
+
+
 def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests"))
     from bridgelm import training
@@ -141,11 +169,7 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
     with alive.host_apart():
         session = open_session(config, exact=False)
         training.take_step(session)
-        policy = session.policy
-        states = [state for named in policy.optimisers.values() for kept in named.optimiser.state.values()
-                  for state in kept.values() if isinstance(state, torch.Tensor)]
-        groups = [t for group in policy.groups.values() for t in group.flat().values()]
-        alive.follow([*policy.params.values(), *policy.frozen.values(), *groups, *states])
+        alive.follow(standing_tensors(session.policy))
         standing = alive.now
         with Watch(alive, session.roll.engine) as watch:
             training.take_step(session)
@@ -158,7 +182,7 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the table of docs/planning.md anew")
-    parser.add_argument("--only", help="print the rows of one method, and write nothing")
+    parser.add_argument("--only", help="measure the points whose shape/method/kind has this in it; others stay")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
     args = parser.parse_args()
     if args.page:
@@ -167,22 +191,29 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "model", SHAPE)
-        points = [*itertools.product(METHODS, KINDS), *itertools.product(["grpo"], OFFLOADED)]
-        for label, kind in points:
-            if args.only not in {None, label}:
+        for name, shape in SHAPES.items():
+            write_model(Path(folder) / name, shape)
+        for point in points():
+            if args.only and args.only not in "/".join(point):
                 continue
-            config = config_of(label, kind, Path(folder))
+            config = config_of(*point, Path(folder))
             found, work = measure(config)
             need = planning.memory(config, work=work_of(work))
-            row = {"method": label, "kind": kind, "parameters": need.parameters,
+            row = {**dict(zip(("shape", "method", "kind"), point, strict=True)), "parameters": need.parameters,
                    **{f"measured {phase}": round(found[phase] / need.parameters, 2) for phase in PHASES},
                    **{f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in PHASES}}
-            print(json.dumps(row), flush=True)
             rows.append(row | {"work": work})
-    if not args.only:
-        write({"shape": SHAPE, "commit": git_commit(), "versions": versions()}, rows, args.out)
-        write_page(rows)
+            print(json.dumps(rows[-1]), flush=True)
+    if args.only:
+        kept = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+        rows = [*rows, *(row for row in kept if point_of(row) not in {point_of(own) for own in rows})]
+    rows.sort(key=lambda row: points().index(point_of(row)))
+    write({"shapes": SHAPES, "commit": git_commit(), "versions": versions()}, rows, args.out)
+    write_page(rows)
+
+
+def point_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["shape"], row["method"], row["kind"]
 
 
 def write(about: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
@@ -193,17 +224,29 @@ def write(about: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    lines = ["| method | weights | " + " | ".join(f"{phase}: measured / planned" for phase in PHASES) + " |",
-             "|---|---|" + "---:|" * len(PHASES)]
+    columns = " | ".join(f"{phase}: measured / planned" for phase in PHASES)
+    small = [f"| method | weights | {columns} |", "|---|---|" + "---:|" * 3]
+    wide = [f"| method | {columns} | train: more than `grpo` |", "|---|" + "---:|" * 4]
+    base: dict[bool, float] = {}
     for row in rows:
         cells = [f"{row[f'measured {phase}']:.1f} / {row[f'planned {phase}']:.1f}" for phase in PHASES]
-        lines.append("| " + " | ".join([row["method"], row["kind"], *cells]) + " |")
+        if row["shape"] == "small":
+            small.append("| " + " | ".join([row["method"], row["kind"], *cells]) + " |")
+            continue
+        start = base.setdefault("adapters" in row["method"], row["measured train"])
+        more = f"{row['measured train'] / start - 1:.1%}"
+        wide.append("| " + " | ".join([row["method"], *cells, more]) + " |")
+    said = []
     for phase in PHASES:
         ratios = [row[f"planned {phase}"] / row[f"measured {phase}"] for row in rows]
-        lines += ["", f"{phase}: the plan is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."]
-    page, begin, end = ROOT / "docs" / "planning.md", "<!-- memory:begin -->", "<!-- memory:end -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}", encoding="utf-8")
+        said += ["", f"{phase}: the plan is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."]
+    page = ROOT / "docs" / "planning.md"
+    text = page.read_text(encoding="utf-8")
+    for name, lines in (("memory", [*small, *said]), ("width", wide)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = text.split(begin)
+        text = "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def _training(policy: Policy, config: RunConfig, gradients: Gradients, models: M
     parked = gradients.parked * ("gradients" in config.optim.host)
 
     def kept(held: int) -> dict[str, int]:
-        return {"train/gradients kept": held * (of_theta + of_w) - min(parked, held - 1) * of_theta}
+        waiting = min(parked, held - 1) * of_theta
+        return {"train/gradients kept": held * (of_theta + of_w) - waiting, "host/gradients": waiting}
 
     largest = max(t.numel() * policy.master.itemsize for group in groups for t in group.flat().values())
     moments = [{**kept(gradients.between), "train/an optimiser's tensors": TEMPORARY * largest}]
@@ -229,7 +230,10 @@ def _generating(policy: Policy, config: RunConfig, models: Models, work: Work) -
         found.append({"generate/keys and values": cache,
                       "generate/what a pass makes":
                           max(0, passes.decoding(models, drawing, config.rollout.temperature) - cache)})
-    return {**max(found, key=lambda parts: sum(parts.values())), "generate/weights gathered": whole}
+    adapters = sum(t.numel() * t.element_size() for name in ("theta", "w") if policy.lora and name in policy.groups
+                   for t in policy.groups[name].flat().values())
+    return {**max(found, key=lambda parts: sum(parts.values())), "generate/weights gathered": whole,
+            "generate/adapter for the engine": adapters}
 
 
 def _all(policy: Policy, live: bool = True) -> Seen:

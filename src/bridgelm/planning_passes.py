@@ -15,7 +15,7 @@ from bridgelm import batching, methods_info
 from bridgelm.config import RunConfig
 from bridgelm.engine.decoders import make_decoder
 from bridgelm.engine.native import _draw
-from bridgelm.forward import forward
+from bridgelm.forward import CHUNK, KEPT, forward
 from bridgelm.held import Whole
 from bridgelm.packing import line_up, packs
 from bridgelm.planning_alive import OnPaper, fused_attention
@@ -108,6 +108,7 @@ def training(models: Models, micros: Sequence[Sequence[Row]], dtype: torch.dtype
 def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dtype) -> list[int]:
     """In host memory; on the device after the layers, up to their last gradient, and up to the end."""
     model = held.model
+    rows, left_out = with_fewer_chunks(rows, model.config.vocab_size)
     alive, laps = OnPaper(held.params.values()), list[int]()
     start = alive.peak = alive.now
     micro = batching.collate(rows, dtype, torch.device("cpu"), {})
@@ -131,7 +132,19 @@ def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dt
             loss.backward()
     for hook in hooks:
         hook.remove()
-    return [alive.host_peak, *laps, alive.peak - start]
+    more = 2 * left_out * model.config.hidden_size * model.dtype.itemsize  # hidden states, and gradients of these
+    return [alive.host_peak, laps[0], *(lap + more for lap in laps[1:]), alive.peak - start + more]
+
+
+def with_fewer_chunks(rows: Sequence[Row], vocabulary: int) -> tuple[Sequence[Row], int]:
+    """Logits beyond those that are kept are made again chunk by chunk, and a few chunks need what many do. And how many
+    own tokens are left out."""
+    own = sum(int(row.own.sum()) for row in rows)
+    share = min(1.0, (KEPT + 4 * CHUNK) / vocabulary / own)
+    first = [int(row.own.argmax()) for row in rows]
+    fewer = [replace(row, own=row.own & (np.arange(len(row.ids)) < start + max(1, share * row.own.sum())))
+             for row, start in zip(rows, first, strict=True)]
+    return fewer, own - sum(int(row.own.sum()) for row in fewer)
 
 
 def decoding(models: Models, drawing: Drawing, temperature: float) -> int:

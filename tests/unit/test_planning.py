@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bridgelm import model_shapes, planning, planning_time
+from bridgelm import forward, model_shapes, planning, planning_passes, planning_time
 from bridgelm.cli import main
 from bridgelm.config import ModelConfig, make_config
 from bridgelm.optim import SharedMoments, build
@@ -20,6 +22,7 @@ PUBLISHED = {"Qwen/Qwen2.5-0.5B": 0.49, "Qwen/Qwen2.5-1.5B": 1.54, "Qwen/Qwen2.5
              "meta-llama/Llama-3.1-8B-Instruct": 8.03}
 
 
+ROOT = Path(__file__).parents[2]
 SHORT = {"max_prompt_tokens": 8, "max_demo_tokens": 4}
 
 
@@ -151,6 +154,60 @@ def test_keys_and_values_by_hand(need: Callable[..., planning.Need]) -> None:
 def test_a_sequence_needs_what_its_largest_stage_does(need: Callable[..., planning.Need]) -> None:
     stages = [{"method": {"name": "sft"}, "steps": 2}, {"method": {"name": "bridge", "rank": 2}}]
     assert need({"name": "sequence", "stages": stages}).peak == need({"name": "bridge", "rank": 2}).peak
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Any, dict[str, Any]]:
+    """The benchmark and what it found."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark, json.loads((ROOT / "results" / "memory.json").read_text())
+
+
+def test_what_was_measured_was_planned(measured: tuple[Any, dict[str, Any]]) -> None:
+    """Within 10 % at every point, the rows that are planned anew below included."""
+    benchmark, found = measured
+    assert {benchmark.point_of(row) for row in found["rows"]} <= set(benchmark.points())
+    assert len(found["rows"]) > 20
+    for row in found["rows"]:
+        for phase in benchmark.PHASES:
+            assert row[f"planned {phase}"] == pytest.approx(row[f"measured {phase}"], rel=0.1), row
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 14, -1])
+def test_a_plan_of_the_measured_rows_is_what_was_measured(at: int, measured: tuple[Any, dict[str, Any]],
+                                                          tmp_path: Path) -> None:
+    benchmark, found = measured
+    row = found["rows"][at]
+    benchmark.write_config(tmp_path / row["shape"], found["shapes"][row["shape"]])
+    config = benchmark.config_of(row["shape"], row["method"], row["kind"], tmp_path)
+    plan = planning.memory(config, work=benchmark.work_of(row["work"]))
+    for phase in benchmark.PHASES:
+        assert getattr(plan, phase) / plan.parameters == pytest.approx(row[f"measured {phase}"], rel=0.1), phase
+
+
+def test_a_few_layers_and_chunks_tell_what_all_need(raw: Callable[..., dict[str, Any]], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
+    """Against a pass through the whole model."""
+    measured[0].write_config(tmp_path / "model", {**measured[0].SHAPE, "num_hidden_layers": 7, "vocab_size": 30_000,
+                                                  "hidden_size": 64, "intermediate_size": 96})
+    config = make_config(raw("grpo", model={"name_or_path": str(tmp_path / "model"), "dtype": "bfloat16"}, data=SHORT,
+                             rollout={"prompts": 3, "group": 4, "max_new_tokens": 24}, batch={"micro_tokens": 600}))
+    monkeypatch.setattr(forward, "CHUNK", 2**19)
+    monkeypatch.setattr(forward, "KEPT", 2**22)
+    for name in ("CHUNK", "KEPT"):
+        monkeypatch.setattr(planning_passes, name, getattr(forward, name))
+    short = planning.memory(config)
+    planning._models.cache_clear()
+    monkeypatch.setattr(planning_passes, "FEW", (3, 99))
+    monkeypatch.setattr(planning_passes, "with_fewer_chunks", lambda rows, vocabulary: (rows, 0))
+    whole = planning.memory(config)
+    planning._models.cache_clear()
+    assert short.train == pytest.approx(whole.train, rel=1e-3)
+    assert short.parts["train/activations"] == pytest.approx(whole.parts["train/activations"], rel=1e-3)
+    assert short.generate == pytest.approx(whole.generate, rel=1e-3)
 
 
 PLAN = """steps = 10
