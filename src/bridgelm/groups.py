@@ -34,7 +34,7 @@ class Group:
 
     def delta(self, name: str) -> Tensor:
         a, b = self.low[name]
-        return self.scale * (b.detach() @ a.detach())
+        return (b.detach() @ a.detach()).mul_(self.scale)  # a tensor of its own, as large as a weight
 
     def zeros(self) -> Gradient:
         return {name: torch.zeros_like(t, requires_grad=False, **self.gradients) for name, t in self.flat().items()}

@@ -187,7 +187,8 @@ def _training(policy: Policy, config: RunConfig, gradients: Gradients, models: M
         return {"train/gradients kept": held * (of_theta + of_w) - waiting, "host/gradients": waiting}
 
     largest = max(t.numel() * policy.master.itemsize for group in groups for t in group.flat().values())
-    moments = [{**kept(gradients.between), "train/an optimiser's tensors": TEMPORARY * largest}]
+    moments = [{**kept(gradients.between), "train/an optimiser's tensors": TEMPORARY * largest},
+               {**kept(gradients.between), "train/a weight being merged": _merging(policy)}]
     for kind in {rows[0].kind for rows in work.micros}:
         found = passes.training(models, [rows for rows in work.micros if rows[0].kind == kind], policy.master)
         made = {"train/activations": found.kept, "train/logits and the way back": found.peak - found.kept,
@@ -196,6 +197,13 @@ def _training(policy: Policy, config: RunConfig, gradients: Gradients, models: M
         if kind == "rollout" and (copy := _elsewhere(policy)):
             moments += [{"train/gradients kept": of_theta + of_w, "train/another point, merged": copy, **made}]
     return max(moments, key=lambda parts: sum(size for name, size in parts.items() if name.startswith("train/")))
+
+
+def _merging(policy: Policy) -> int:
+    """A weight that low-rank terms are added to: the sum, and its copy in the model's dtype."""
+    own = policy.dtype.itemsize if policy.dtype != policy.master else 0
+    names = {name for group in policy.groups.values() for name in group.low}
+    return max((policy.held.local()[name].numel() for name in names), default=0) * (policy.master.itemsize + own)
 
 
 def _elsewhere(policy: Policy) -> int:

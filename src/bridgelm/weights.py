@@ -139,7 +139,7 @@ class Weights:
             weight = self.frozen[name] if whole is None else whole.to(self.device)
             for part in parts:
                 if name in part.low:
-                    weight = weight.to(self.master) + part.delta(name)
+                    weight = part.delta(name).add_(weight)
             yield name, weight.detach().to(self.dtype)
 
     @contextmanager
