@@ -182,11 +182,18 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="only write the table of docs/planning.md anew")
+    parser.add_argument("--plan", action="store_true", help="plan the points of the result file anew, measure nothing")
     parser.add_argument("--only", help="measure the points whose shape/method/kind has this in it; others stay")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
     args = parser.parse_args()
     if args.page:
         write_page(json.loads(args.out.read_text(encoding="utf-8"))["rows"])
+        return
+    if args.plan:
+        known = json.loads(args.out.read_text(encoding="utf-8"))
+        rows = planned_anew(known.pop("rows"))
+        write(known, rows, args.out)
+        write_page(rows)
         return
     torch.set_num_threads(1)
     rows = []
@@ -201,7 +208,7 @@ def main() -> None:
             need = planning.memory(config, work=work_of(work))
             row = {**dict(zip(("shape", "method", "kind"), point, strict=True)), "parameters": need.parameters,
                    **{f"measured {phase}": round(found[phase] / need.parameters, 2) for phase in PHASES},
-                   **{f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in PHASES}}
+                   **planned(need)}
             rows.append(row | {"work": work})
             print(json.dumps(rows[-1]), flush=True)
     if args.only:
@@ -210,6 +217,18 @@ def main() -> None:
     rows.sort(key=lambda row: points().index(point_of(row)))
     write({"shapes": SHAPES, "commit": git_commit(), "versions": versions()}, rows, args.out)
     write_page(rows)
+
+
+def planned(need: planning.Need) -> dict[str, float]:
+    return {f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in PHASES}
+
+
+def planned_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            write_config(Path(folder) / name, shape)
+        return [row | planned(planning.memory(config_of(*point_of(row), Path(folder)), work=work_of(row["work"])))
+                for row in rows]
 
 
 def point_of(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -128,7 +128,7 @@ def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dt
     with fused_attention(), alive.host_apart(), alive:
         live = forward(model, micro)
         loss = (live.logp_BT * micro.pad_BT).sum()
-        with held.handing_over(lambda name, gradient: None):
+        with held.handing_over(lambda name, gradient: gradient.to(dtype)):  # to be added up
             loss.backward()
     for hook in hooks:
         hook.remove()

@@ -167,10 +167,9 @@ def measured() -> tuple[Any, dict[str, Any]]:
 
 
 def test_what_was_measured_was_planned(measured: tuple[Any, dict[str, Any]]) -> None:
-    """Within 10 % at every point, the rows that are planned anew below included."""
+    """Within 10 % at every point; some are planned anew below."""
     benchmark, found = measured
-    assert {benchmark.point_of(row) for row in found["rows"]} <= set(benchmark.points())
-    assert len(found["rows"]) > 20
+    assert [benchmark.point_of(row) for row in found["rows"]] == benchmark.points()
     for row in found["rows"]:
         for phase in benchmark.PHASES:
             assert row[f"planned {phase}"] == pytest.approx(row[f"measured {phase}"], rel=0.1), row
@@ -185,7 +184,7 @@ def test_a_plan_of_the_measured_rows_is_what_was_measured(at: int, measured: tup
     config = benchmark.config_of(row["shape"], row["method"], row["kind"], tmp_path)
     plan = planning.memory(config, work=benchmark.work_of(row["work"]))
     for phase in benchmark.PHASES:
-        assert getattr(plan, phase) / plan.parameters == pytest.approx(row[f"measured {phase}"], rel=0.1), phase
+        assert getattr(plan, phase) / plan.parameters == pytest.approx(row[f"measured {phase}"], rel=0.03), phase
 
 
 def test_a_few_layers_and_chunks_tell_what_all_need(raw: Callable[..., dict[str, Any]], tmp_path: Path,
