@@ -184,7 +184,7 @@ def test_a_plan_of_the_measured_rows_is_what_was_measured(at: int, measured: tup
     config = benchmark.config_of(row["shape"], row["method"], row["kind"], tmp_path)
     plan = planning.memory(config, work=benchmark.work_of(row["work"]))
     for phase in benchmark.PHASES:
-        assert getattr(plan, phase) / plan.parameters == pytest.approx(row[f"measured {phase}"], rel=0.03), phase
+        assert getattr(plan, phase) / plan.parameters == pytest.approx(row[f"measured {phase}"], rel=0.06), phase
 
 
 def test_a_few_layers_and_chunks_tell_what_all_need(raw: Callable[..., dict[str, Any]], tmp_path: Path,
