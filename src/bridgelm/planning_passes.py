@@ -122,13 +122,16 @@ def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dt
         if out.requires_grad:
             out.register_hook(lambda gradient: lap())
 
+    def added(name: str, gradient: Tensor) -> None:
+        gradient.to(dtype)  # as it is added to others
+
     held.train_only(trained)
     hooks = [model.base_model.register_forward_hook(lambda *args: lap(now=True)),
              model.get_input_embeddings().register_forward_hook(back)]
     with fused_attention(), alive.host_apart(), alive:
         live = forward(model, micro)
         loss = (live.logp_BT * micro.pad_BT).sum()
-        with held.handing_over(lambda name, gradient: gradient.to(dtype)):  # to be added up
+        with held.handing_over(added):
             loss.backward()
     for hook in hooks:
         hook.remove()
