@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import grads
+from bridgelm import grads, storage
 from bridgelm.config import RunConfig, make_config
 from bridgelm.groups import Group
 from bridgelm.policy import Grads, Policy
@@ -184,7 +184,7 @@ class Shipped(Policy):
     def __init__(self, problem: Any, config: Any, theta: float = 0.0, w: float = 0.0) -> None:
         self.problem, self.config, self.w_start = problem, config, w
         self.frozen, self.optimisers, self.factor, self._drifted, self._stale = {}, {}, 1.0, False, False
-        self.removable, self.lora, self._rounding = False, None, None
+        self.removable, self.lora, self.noise = False, None, storage.Noise(0)
         self.device, self.master = torch.device("cpu"), torch.float64
         self.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
 
