@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pages import fill
+
 from bridgelm.types import Verdict
 from bridgelm.verify.decision import Decision
 from bridgelm.verify.math import MathJudge
@@ -148,9 +150,7 @@ def _line(name: str, n: list[int], clocks: list[str]) -> str:
 
 
 def write_page(result: dict[str, Any]) -> None:
-    page, begin, end = HERE.parent / "docs" / "grader.md", "<!-- cases:begin -->", "<!-- cases:end -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}\n{table(result)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    fill(HERE.parent / "docs" / "grader.md", "cases", table(result))
 
 
 def main() -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import fill
 
 from bridgelm import batching, planning, toy
-from bridgelm.config import RunConfig, load_config
+from bridgelm.config import RunConfig, load_config, make_config
 from bridgelm.metrics import git_commit, versions
 from bridgelm.planning_alive import Alive
 from bridgelm.planning_passes import Drawing, Work, largest, row_of
@@ -51,6 +52,13 @@ KINDS = {"float32": [], "bfloat16": ["model.dtype=bfloat16"],
 OFFLOADED = {"bfloat16, offload": ["model.dtype=bfloat16", "model.offload_activations=true"],
              "bfloat16, checkpointing, offload": ["model.dtype=bfloat16", "model.gradient_checkpointing=true",
                                                   "model.offload_activations=true"]}
+# Whole models, planned with everything else as by default: what BRIDGE takes beyond grpo.
+WHOLE = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen3-8B-Base")
+GOALS: dict[str, dict[str, Any]] = {
+    "grpo": {}, "bridge": {},
+    "bridge, shadow in bfloat16, gradient on the host": {"shadow": "bfloat16", "host": ["gradients"]},
+    "bridge, on the host": {"host": ["shadow", "gradients"]}, "grpo, adapters": {}, "bridge, adapters": {},
+    "bridge, adapters, moments on the host": {"host": ["gradients", "moments"]}}
 PHASES = ("standing", "train", "generate")
 
 
@@ -231,6 +239,25 @@ def planned_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for row in rows]
 
 
+def goals() -> list[str]:
+    lines = [f"| method | {' | '.join(WHOLE)} |", "|---|" + "---:|" * len(WHOLE)]
+    base: dict[tuple[bool, str], float] = {}
+    for label, optim in GOALS.items():
+        adapters, cells = "adapters" in label, []
+        for name in WHOLE:
+            config = make_config({
+                "name": "goal", "steps": 1, "method": {"name": label.partition(",")[0]}, "optim": optim,
+                "model": {"name_or_path": name, "dtype": "bfloat16", "gradient_checkpointing": True,
+                          "lora_rank": 16 * adapters},
+                "data": {"train": "none.jsonl", "demos": "none.jsonl"}, "reward": {"verifier": "exact"}})
+            need = planning.memory(config)
+            found = need.train / need.parameters
+            start = base.setdefault((adapters, name), found)
+            cells.append(f"{found:.1f}, {found / start - 1:+.1%}")
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return lines
+
+
 def point_of(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["shape"], row["method"], row["kind"]
 
@@ -259,13 +286,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     for phase in PHASES:
         ratios = [row[f"planned {phase}"] / row[f"measured {phase}"] for row in rows]
         said += ["", f"{phase}: the plan is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."]
-    page = ROOT / "docs" / "planning.md"
-    text = page.read_text(encoding="utf-8")
-    for name, lines in (("memory", [*small, *said]), ("width", wide)):
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, rest = text.split(begin)
-        text = "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
-    page.write_text(text, encoding="utf-8")
+    for name, lines in (("memory", [*small, *said]), ("width", wide), ("goals", goals())):
+        fill(ROOT / "docs" / "planning.md", name, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@ checkpointing, activations on the host, rows without padding.
 
     python benchmarks/memory_long.py [--out results/memory_long.json]
 
-Each point is in bfloat16, and but for the row of 16,384 tokens a process of its own on the CPU: that row is counted as
-`bridgelm plan` does, on a model without storage. `device` is the sum of tensors that are alive at the same
+Each point is in bfloat16 and a process of its own on the CPU. `device` is the sum of tensors that are alive at the same
 time, beyond the weights; what is on the host is told apart. `process` is what the process grew by (its largest resident
 size), host memory and what kernels use within themselves included.
 """
@@ -22,8 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pages import fill
 
-from bridgelm import forward, planning_passes
+from bridgelm import forward
 from bridgelm.batching import collate
 from bridgelm.config import ModelConfig
 from bridgelm.loading import prepared
@@ -80,19 +80,6 @@ def passes(rows: list[tuple[int, int]], options: list[str], packed: bool = True)
     return [*model.parameters()], lambda: forward.forward(model, micro).logp_BT.sum()
 
 
-def counted(rows: list[tuple[int, int]], logits: str, options: list[str]) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    for place in (forward, planning_passes):
-        place.CHUNK, place.KEPT = KEPT[logits]
-    config = ModelConfig.model_validate({"name_or_path": "", "dtype": "bfloat16", **dict.fromkeys(options, True)})
-    with torch.device("meta"):
-        model = prepared(AutoModelForCausalLM.from_config(Qwen2Config(**LONG), dtype=torch.bfloat16), config)
-    models = planning_passes.Models(lambda _: model, 1, {name for name, _ in model.named_parameters()})
-    found = planning_passes.training(models, [[row_of("demo", *row, 0) for row in rows]], torch.float32)
-    return {"device": found.peak, "host": found.host}
-
-
 def measure(what: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -120,10 +107,7 @@ def main() -> None:
         return
     if not args.page:
         rows = []
-        for name, point in points().items():
-            if name.startswith("row/"):
-                rows.append({"point": name, **counted(**point)})
-                continue
+        for name in points():
             said = subprocess.run([sys.executable, __file__, "--one", name], check=True, stdout=subprocess.PIPE,
                                   text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             rows.append({"point": name, **json.loads(said.stdout.splitlines()[-1])})
@@ -134,21 +118,16 @@ def main() -> None:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    page = ROOT / "docs" / "planning.md"
-    text = page.read_text(encoding="utf-8")
     for part, title in (("head", "| logits |"), ("row", "| logits | what else saves memory |"),
                         ("rows", "| rows |")):
-        names, sizes = title.count("|") - 1, ["device, GB", "host, GB", *([] if part == "row" else ["process, GB"])]
+        names, sizes = title.count("|") - 1, ["device, GB", "host, GB", "process, GB"]
         lines = [f"{title} {' | '.join(sizes)} |", "|" + "---|" * names + "---:|" * len(sizes)]
         for row in rows:
             first, *labels = row["point"].split("/")
             if first == part:
-                values = [f"{row[key] / 1e9:.2f}" for key in ("device", "host", "process") if key in row]
+                values = [f"{row[key] / 1e9:.2f}" for key in ("device", "host", "process")]
                 lines.append("| " + " | ".join([*(f"`{n}`" if "_" in n else n for n in labels), *values]) + " |")
-        begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
-        before, rest = text.split(begin)
-        text = "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
-    page.write_text(text, encoding="utf-8")
+        fill(ROOT / "docs" / "planning.md", part, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import fill
 from pilot import REGIMES, RESULTS, STEPS, late, rows, setting_of
 
 from bridgelm.report_plots import PALETTE
@@ -146,13 +147,9 @@ def kind(where: str) -> str:
 
 def into_page(found: Mapping[str, Any]) -> None:
     """The first table of a phase into docs/cooperation.md, where it has a place there."""
-    page, begin, end = (RESULTS.parents[1] / "docs" / "cooperation.md", f"<!-- {found['phase']}:begin -->",
-                        f"<!-- {found['phase']}:end -->")
-    if begin not in page.read_text():
-        return
-    before, rest = page.read_text().split(begin)
-    table = markdown(found).split("\nAt the FLOPs of")[0].strip()
-    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+    page = RESULTS.parents[1] / "docs" / "cooperation.md"
+    if f"<!-- {found['phase']}:begin -->" in page.read_text():
+        fill(page, found["phase"], markdown(found).split("\nAt the FLOPs of")[0].strip())
 
 
 # -- Markdown ------------------------------------------------------------------------------------------------------

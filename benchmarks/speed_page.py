@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pages import fill
+
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "results" / "figures" / "price.svg"
 NAMES = {"bridgelm": "BridgeLM", "native": "BridgeLM", "trl": "TRL", "generate": "HF generate", "vllm": "vLLM"}
@@ -124,13 +126,8 @@ def figure(every: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write(record: Mapping[str, Any]) -> None:
-    page = ROOT / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
     for key, table in {"compare": comparison, "scaling": scaling, "price": price}.items():
         if key in record:
-            before, rest = text.split(f"<!-- {key}:begin -->")
-            after = rest.split(f"<!-- {key}:end -->")[1]
-            text = f"{before}<!-- {key}:begin -->\n" + "\n".join(table(record[key])) + f"\n<!-- {key}:end -->{after}"
-    page.write_text(text, encoding="utf-8")
+            fill(ROOT / "docs" / "performance.md", key, "\n".join(table(record[key])))
     if "price" in record:
         figure(record["price"]["rows"], FIGURE)

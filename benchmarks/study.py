@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pages import fill
+
 from bridgelm.compare import compare
 from bridgelm.metrics import git_commit, versions
 
@@ -86,10 +88,7 @@ def figure(found: dict[str, Any]) -> str:
 
 
 def readme() -> None:
-    path, begin, end = ROOT / "README.md", "<!-- results:begin -->", "<!-- results:end -->"
-    text = path.read_text()
-    before, rest = text.split(begin)
-    path.write_text(f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}")
+    fill(ROOT / "README.md", "results", table())
 
 
 def main() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import memory
 
 from bridgelm import forward, model_shapes, planning, planning_passes, planning_time
 from bridgelm.cli import main
@@ -20,7 +24,6 @@ PUBLISHED = {"Qwen/Qwen2.5-0.5B": 0.49, "Qwen/Qwen2.5-1.5B": 1.54, "Qwen/Qwen2.5
              "Qwen/Qwen3-1.7B-Base": 1.7, "Qwen/Qwen3-4B-Base": 4.0, "Qwen/Qwen3-8B-Base": 8.2,
              "meta-llama/Llama-3.2-1B-Instruct": 1.23, "meta-llama/Llama-3.2-3B-Instruct": 3.21,
              "meta-llama/Llama-3.1-8B-Instruct": 8.03}
-
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"max_prompt_tokens": 8, "max_demo_tokens": 4}
@@ -159,11 +162,7 @@ def test_a_sequence_needs_what_its_largest_stage_does(need: Callable[..., planni
 @pytest.fixture(scope="module")
 def measured() -> tuple[Any, dict[str, Any]]:
     """The benchmark and what it found."""
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
-    assert spec and spec.loader
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark, json.loads((ROOT / "results" / "memory.json").read_text())
+    return memory, json.loads((ROOT / "results" / "memory.json").read_text())
 
 
 def test_what_was_measured_was_planned(measured: tuple[Any, dict[str, Any]]) -> None:
