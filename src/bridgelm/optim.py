@@ -15,38 +15,84 @@ from bridgelm.errors import UserError
 from bridgelm.options.optim import NO_LIBRARY
 
 BLOCK = 256  # values of an eight-bit moment that share a scale
+WIDTH = 32  # neighbours that share a bound on the second moments that SharedMoments does not keep
+SLACK = 4.0  # how much larger than the source's its own root moments may be before that bound is felt
 QMAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # the values that codes stand for, by bitsandbytes' names
 
 
 class SharedMoments(torch.optim.Optimizer):
     """Adam's step with the second moments of `source`, whose parameters match these one by one, and a momentum of its
     own. Two copies of a model then live in one metric: equal gradients move them equally, and their difference means
-    the same in every coordinate."""
+    the same in every coordinate.
+
+    Where the source's gradient h has been small or absent and this one's, g, has not, that metric alone would give
+    steps without a bound. So the denominator is the root of
+
+        max(v, u / SLACK^2),    v = EMA(h^2),    u = EMA(max over a piece of a row of [g^2 - h^2]+) >= EMA(g^2) - v
+
+    with one number u for each piece of WIDTH neighbours. No element then moves further than sqrt(1 + SLACK^2) times
+    what Adam would have moved it for the same gradients, and u is zero while both see the same ones.
+
+    `beside` holds h, the gradients of the step that the source has just taken, by this optimiser's own parameters.
+    """
 
     def __init__(self, params: Iterable[Tensor], source: torch.optim.Optimizer, lr: float) -> None:
         group = source.param_groups[0]
         defaults = {"lr": lr, "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
         super().__init__(list(params), defaults)
         self.source = source
+        self.beside: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for group, theirs in zip(self.param_groups, self.source.param_groups, strict=True):
+        for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p, q in zip(group["params"], theirs["params"], strict=True):
-                state, other = self.state[p], self.source.state[q]
+            for p in group["params"]:
                 if p.grad is None:
                     continue
-                assert other, "the source of the second moments has not stepped yet"
+                state = self.state[p]
+                excess = piecewise_max((p.grad.square() - self.beside[p].to(p.device).square()).clamp_(min=0))
                 if not state:
                     state["step"], state["exp_avg"] = torch.tensor(0.0), torch.zeros_like(p)
+                    state["excess"] = torch.zeros_like(excess)
                 state["step"] += 1
                 state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["excess"].lerp_(excess, 1 - beta2)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                square = moment(other, 2).to(p.device)
-                root = (square.sqrt() / math.sqrt(1 - beta2 ** float(other["step"]))).add_(group["eps"])
-                p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** float(state["step"])))
+                p.addcdiv_(state["exp_avg"], self.denominator(p),
+                           value=-group["lr"] / (1 - beta1 ** float(state["step"])))
+
+    def partner(self, p: Tensor) -> Tensor:
+        """The parameter of the source that one of these matches."""
+        index = next(i for i, x in enumerate(self.param_groups[0]["params"]) if x is p)
+        return self.source.param_groups[0]["params"][index]
+
+    def denominator(self, p: Tensor) -> Tensor:
+        """Of the step just taken. Both averages start at zero, and each is divided by what its steps have given it."""
+        group, state, other = self.param_groups[0], self.state[p], self.source.state[self.partner(p)]
+        assert other, "the source of the second moments has not stepped yet"
+        beta2 = group["betas"][1]
+        mine = state["excess"].sqrt() / (SLACK * math.sqrt(1 - beta2 ** float(state["step"])))
+        root = moment(other, 2).to(p.device).sqrt() / math.sqrt(1 - beta2 ** float(other["step"]))
+        return torch.maximum(root, spread(mine, p.shape), out=root).add_(group["eps"])
+
+
+def piecewise_max(t: Tensor) -> Tensor:
+    """The largest of each WIDTH neighbours in a row; of a vector, each element for itself."""
+    if t.dim() < 2:
+        return t
+    return torch.nn.functional.max_pool1d(t.flatten(0, -2)[:, None], WIDTH, ceil_mode=True).view(*t.shape[:-1], -1)
+
+
+def pieces(shape: torch.Size) -> int:
+    """How many numbers `piecewise_max` makes of a tensor."""
+    return math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) * -(-shape[-1] // WIDTH)
+
+
+def spread(values: Tensor, shape: torch.Size) -> Tensor:
+    """The number of its piece for each element."""
+    return values if len(shape) < 2 else values.repeat_interleave(WIDTH, -1)[..., :shape[-1]]
 
 
 def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
@@ -110,10 +156,9 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
     such thing. Infinite where no gradient has been seen yet (an embedding that had no token): 1/eps there would drown
     everything else."""
     device = device or p.device
-    source = optimiser.source if isinstance(optimiser, SharedMoments) else optimiser
-    if source is not optimiser:
-        index = next(i for i, x in enumerate(group["params"]) if x is p)
-        p = source.param_groups[0]["params"][index]
+    source = optimiser
+    if isinstance(optimiser, SharedMoments):
+        source, p = optimiser.source, optimiser.partner(p)
     state = source.state.get(p, {})
     if "exp_avg_sq" not in state and "state2" not in state:
         return None
@@ -135,7 +180,7 @@ def square_of_step(optimiser: torch.optim.Optimizer, p: Tensor) -> float:
     group, state = optimiser.param_groups[0], optimiser.state.get(p, {})
     if "exp_avg" not in state and "state1" not in state:
         return 0.0
-    root = root_moment(optimiser, p, group)
+    root = optimiser.denominator(p) if isinstance(optimiser, SharedMoments) else root_moment(optimiser, p, group)
     assert root is not None
     size = group["lr"] / (1 - group["betas"][0] ** float(state["step"]))
     first = moment(state, 1)

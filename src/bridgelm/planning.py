@@ -27,7 +27,7 @@ from bridgelm.loading import prepared
 from bridgelm.methods import METHODS
 from bridgelm.methods.base import Gradients
 from bridgelm.model_shapes import model_config
-from bridgelm.optim import BLOCK, in_blocks
+from bridgelm.optim import BLOCK, in_blocks, pieces
 from bridgelm.packing import packs
 from bridgelm.planning_passes import Models, Work, at_most
 from bridgelm.policy import Policy
@@ -35,7 +35,7 @@ from bridgelm.teacher_ids import teacher_model
 
 EIGHT = 1 + 4 / BLOCK  # bytes a value of eight bits with its block's scale
 TEMPORARY = 3  # tensors of the largest one's size that an optimiser's step, or what measures it, makes of each
-STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size and kind
+STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size; `pieces` counts the bound beside them
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _standing(policy: Policy, eight: bool) -> dict[str, int]:
         away = _away(policy, "shadow") if named.group == "shadow" else "moments" in host
         kind = type(named.optimiser).__name__
         states["host" if away else "standing"] += sum(
-            int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and in_blocks(t)
-                                            else t.element_size())) for t in group.flat().values())
+            int(STATES[kind] * t.numel() * (EIGHT if eight and kind == "AdamW" and in_blocks(t) else t.element_size()))
+            + (pieces(t.shape) * t.element_size() if kind == "SharedMoments" else 0) for t in group.flat().values())
     return parts | {f"{where}/optimiser": size for where, size in states.items()}
 
 
@@ -195,7 +195,7 @@ def _training(policy: Policy, config: RunConfig, gradients: Gradients, models: M
                 "host/activations": found.host, **(_passing(policy) if policy.held.apart else {})}
         moments += [{**kept(getattr(gradients, kind)), **made}]
         if kind == "rollout" and (copy := _elsewhere(policy)):
-            moments += [{"train/gradients kept": of_theta + of_w, "train/another point, merged": copy, **made}]
+            moments += [{**kept(gradients.elsewhere), "train/another point, merged": copy, **made}]
     return max(moments, key=lambda parts: sum(size for name, size in parts.items() if name.startswith("train/")))
 
 

@@ -6,6 +6,7 @@ dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,26 +107,35 @@ class Policy(Weights):
         self.held.train_only(wanted)
         out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
         idle = batching.idle(batch.rows, list(coef))
-        broken: dict[str, float] = {}
+        broken: list[str] = []
         micros = batching.mine(batch.rows, self.micro_tokens, idle, packs(self.model), dist.parted())
+
+        def run(rows: list[Row], counted: bool) -> tuple[Live, dict[str, Tensor], bool]:
+            """Adds the gradient of a micro-batch; what it found, and whether the loss and the gradient are finite."""
+            micro = batching.collate(rows, self.master, self.device, batch.stats)
+            targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
+            live = forward(self.model, micro, entropy, targets)
+            parts = self._parts(terms(micro, live), batch, micro, coef) if counted else {}
+            loss = torch.stack(list(parts.values())).sum() if parts else 0.0 * live.logp_BT.sum()
+            sizes = [loss.detach().abs().float()]  # and the largest element of each weight's gradient
+            with self.held.handing_over(partial(self._collect, ((group, out.theta), (w, out.w)), sizes)):
+                loss.backward()
+            return live, parts, bool(torch.stack(sizes).isfinite().all())
+
         with self.at(at), dist.moving_parts():
             for indices, rows in micros:
-                micro = batching.collate(rows, self.master, self.device, batch.stats)
-                targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
-                live = forward(self.model, micro, entropy, targets)
-                parts = self._parts(terms(micro, live), batch, micro, coef) if indices else {}
-                loss = torch.stack(list(parts.values())).sum() if parts else 0.0 * live.logp_BT.sum()
-                if not torch.isfinite(loss):
-                    broken = broken or {n: float(v.detach()) for n, v in parts.items()}
-                with self.held.handing_over(partial(self._collect, ((group, out.theta), (w, out.w)))):
-                    loss.backward()
+                live, parts, finite = run(rows, bool(indices))
+                if not finite:
+                    alone = [] if dist.parted() or len(rows) == 1 else [row for row in rows if not run([row], True)[2]]
+                    broken += [f"{row.problem.id!r} ({row.kind})" for row in alone or rows]
                 for n, value in parts.items():
                     out.losses[n] += float(value.detach())
                 self._keep(out.logps, indices, rows, live.logp_BT)
                 if live.entropy_BT is not None:
                     self._keep(out.entropies, indices, rows, live.entropy_BT)
         if broken:  # said only now: in between, other ranks wait for this one's parts
-            raise FloatingPointError(f"the loss is not finite ({broken}): stopped before the step")
+            raise FloatingPointError(f"the loss or the gradient of {' and '.join(broken[:3])} is not finite "
+                                     f"({out.losses}): stopped before the step")
         tokens = sum(len(row.ids) for i, row in enumerate(batch.rows) if i not in idle)
         self.ledger.train += tokens
         self.ledger.score += tokens if soft else 0
@@ -155,8 +165,10 @@ class Policy(Weights):
             return soft_targets(model, micro, target)
 
     @torch.no_grad()
-    def _collect(self, into: tuple[tuple[Group, Gradient], ...], name: str, g: Tensor) -> None:
-        """Adds a gradient of the model to those of the groups."""
+    def _collect(self, into: tuple[tuple[Group, Gradient], ...], sizes: list[Tensor], name: str, g: Tensor) -> None:
+        """Adds a gradient of the model to those of the groups, and its largest element to `sizes`."""
+        if g.numel():
+            sizes.append(torch.linalg.vector_norm(g, math.inf).float())
         for group, gradient in into:
             group.collect(gradient, name, g.to(self.master))
 
@@ -223,12 +235,16 @@ class Policy(Weights):
             for name in gradient:
                 gradient[name] = storage.to_host(gradient[name])
 
-    def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None) -> float:
-        """Clips and steps one optimiser; returns the norm before clipping. The gradient is used up: scaled in place.
-        `rate` multiplies the learning rate; `clip_as` takes over the clip factor of another optimiser's last step."""
+    def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None,
+              beside: Gradient | None = None) -> float:
+        """Clips and steps one optimiser; returns the norm before clipping. The gradient is scaled in place.
+        `rate` multiplies the learning rate; `clip_as` takes over the clip factor of another optimiser's last step;
+        `beside` is what `apply` has left of the gradient of the optimiser whose second moments this one shares."""
         named = self.optimisers[name]
         params = self.groups[named.group].flat()
         size = grads.norm(gradient)
+        if not math.isfinite(size):
+            raise FloatingPointError(f"the gradient of {name} is not finite (norm {size})")
         named.shrink = min(1.0, self.config.clip / (size + 1e-6)) if self.config.clip else 1.0
         if clip_as is not None:
             named.shrink = self.optimisers[clip_as].shrink
@@ -237,7 +253,12 @@ class Policy(Weights):
         lr = named.lr * self.factor * rate
         for group in named.optimiser.param_groups:
             group["lr"] = lr
+        if isinstance(named.optimiser, optim.SharedMoments):
+            assert beside is not None, "shared moments need the gradient of whose they are"
+            named.optimiser.beside = {p: beside[key] for key, p in params.items()}
         moved = self._step(named, params, gradient)
+        if isinstance(named.optimiser, optim.SharedMoments):
+            named.optimiser.beside = {}
         named.moved = lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD) else moved
         self._stale = self._stale or named.group in ("theta", "w")
         return size

@@ -355,11 +355,11 @@ class Known(Stub):
         (name,) = coef
         return Grads(found.theta, dict(self.known[name]), found.losses, {})
 
-    def apply(self, name: str, gradient: Any, rate: float = 1.0, clip_as: str | None = None) -> float:
+    def apply(self, name: str, gradient: Any, **options: Any) -> float:
         if name == "w":
             self.steps_of_w.append(gradient)
             return grads.norm(gradient)
-        return super().apply(name, gradient, rate, clip_as)
+        return super().apply(name, gradient, **options)
 
 
 def noise_of(code: Code, steps: range, seed: int = 0) -> tuple[Known, np.ndarray]:

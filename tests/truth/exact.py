@@ -160,7 +160,8 @@ class Stub:
         return Grads({"x": tensor(g_theta)}, {} if w is None else {"x": tensor(g_w)}, losses, {})
 
     def apply(
-        self, name: str, gradient: dict[str, torch.Tensor], rate: float = 1.0, clip_as: str | None = None
+        self, name: str, gradient: dict[str, torch.Tensor], rate: float = 1.0, clip_as: str | None = None,
+        beside: dict[str, torch.Tensor] | None = None,
     ) -> float:
         self.log.append(("apply", name, "", self.point))
         named = self.optimisers[name]

@@ -60,7 +60,8 @@ class Mutant:
 
 APPLY_W = '        policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))                 # (3)\n'
 STEP_W = 'policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))'
-STEP_SHADOW = 'policy.apply("shadow", shadow.theta)  '
+PARK = "        policy.park(joint)  # the shadow's step is bounded by it\n"
+STEP_SHADOW = 'policy.apply("shadow", shadow.theta, beside=joint)  '
 GAIN = "gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))"
 LAST_OR_NEW = "(gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))"
 JOINT = "joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))"
@@ -83,14 +84,14 @@ MUTANTS: dict[str, Mutant] = {
     "gain_reversed": Mutant(((GAIN, "gain = grads.mix((-1.0, rl.w), (1.0, shadow.w))"),), "trace"),
     "gain_without_rl": Mutant(((GAIN, "gain = grads.mix((-1.0, shadow.w))"),), "fixed_points"),
     "shadow_descends": Mutant(
-        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((-1.0, shadow.theta)))'),), "fixed_points"
+        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((-1.0, shadow.theta)), beside=joint)'),), "fixed_points"
     ),
     "shadow_frozen": Mutant(((STEP_SHADOW, "pass  "),), "fixed_points"),
     "shadow_scaled_by_lambda": Mutant(
-        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((lam, shadow.theta)))'),), "trace"
+        ((STEP_SHADOW, 'policy.apply("shadow", grads.mix((lam, shadow.theta)), beside=joint)'),), "trace"
     ),
     "shadow_takes_the_joint_step": Mutant(
-        ((STEP_SHADOW, 'policy.apply("shadow", joint)'), ("        joint.clear()\n", "")), "fixed_points"
+        ((STEP_SHADOW, 'policy.apply("shadow", joint, beside=joint)'),), "fixed_points"
     ),
     "shadow_gradient_at_live": Mutant((('self.shadow_coef(), at="shadow")', "self.shadow_coef())"),), "fixed_points"),
     "shadow_always_resynced": Mutant(
@@ -158,14 +159,14 @@ MUTANTS: dict[str, Mutant] = {
         ((GAIN, "gain = grads.mix((1.0, rl.w), (-1.0 if shadow.theta else 0.0, shadow.w))"),), "resting_shadow"
     ),
     "resync_without_a_step": Mutant(
-        (('            policy.apply("shadow", again)\n', "            pass\n"),), "resync"
+        (('            policy.apply("shadow", again, beside=joint)\n', "            pass\n"),), "resync"
     ),
     "resync_to_the_new_theta": Mutant(
         (
             ('            policy.copy("theta", "shadow")\n', "            pass\n"),
             (
-                '            policy.apply("shadow", again)\n',
-                '            policy.copy("theta", "shadow")\n            policy.apply("shadow", again)\n',
+                '            policy.apply("shadow", again, beside=joint)\n',
+                '            policy.copy("theta", "shadow")\n            policy.apply("shadow", again, beside=joint)\n',
             ),
         ),
         "every_option_of_the_step",
@@ -236,7 +237,7 @@ MUTANTS: dict[str, Mutant] = {
                 "return self.options.resync_every > 0 and step % self.options.resync_every == 0",
                 'return self.options.third == "frozen"',
             ),
-            ('            policy.apply("shadow", again)\n', "            pass\n"),
+            ('            policy.apply("shadow", again, beside=joint)\n', "            pass\n"),
         ),
         "controls_path",
     ),
@@ -261,7 +262,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "placebo_for_all": Mutant((('if self.options.third != "permuted":', "if False:"),), "controls_cost"),
     "placebo_after_theta": Mutant(
-        ((PLACEBO, ""), ("        joint.clear()\n", "        joint.clear()\n" + PLACEBO)), "controls_cost"
+        ((PLACEBO, ""), (PARK, PARK + PLACEBO)), "controls_cost"
     ),
     "placebo_after_the_shadow": Mutant(
         ((PLACEBO_SHADOW, ""), (f"        {GAIN}\n", f"{PLACEBO_SHADOW}        {GAIN}\n")), "controls_cost"

@@ -427,8 +427,8 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "shadow_gradient_at_live": (PATH, ((', at="shadow")', ")"),)),
     "shadow_gradient_late": ("order_of_calls", (
         ("        gain =", f"        {SHADOW}\n        gain ="),)),
-    "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta, clip_as="theta")', "pass"),)),
-    "shadow_clipped_by_itself": ("one_update_on_a_transformer", ((', clip_as="theta")', ")"),)),
+    "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta, clip_as="theta", beside=joint)', "pass"),)),
+    "shadow_clipped_by_itself": ("one_update_on_a_transformer", ((', clip_as="theta"', ""),)),
     "third_term_added": (PATH, (("(-1.0, shadow.w))\n", "(1.0, shadow.w))\n"),)),
     "no_third_term": (PATH, (("gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))", "gain = rl.w"),)),
     "w_unweighted": (PATH, (("grads.mix((1 - lam, sft.w), (lam, gain))", "grads.mix((1.0, sft.w), (1.0, gain))"),)),

@@ -436,9 +436,9 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (LEAN, "            pass  # before"),
         (SHADOW, f'policy.lean("shadow", "theta", self.options.leak); {SHADOW}'))),
     "theta_leaks": ("printed_rest", (('policy.lean("shadow", "theta"', 'policy.lean("theta", "shadow"'),)),
-    "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta)', "pass"),)),
+    "shadow_still": (PATH, (('policy.apply("shadow", shadow.theta, beside=joint)', "pass"),)),
     "shadow_by_rl": (MODEL, (
-        ('policy.apply("shadow", shadow.theta)', 'policy.apply("shadow", rl.theta)'),
+        ('policy.apply("shadow", shadow.theta, beside=joint)', 'policy.apply("shadow", rl.theta, beside=joint)'),
         (JOINT, JOINT.replace("blend", "mix")))),
     "shadow_gradient_at_live": (PATH, ((', at="shadow")', ")"),)),
     "shadow_gradient_late": ("order_of_calls", (

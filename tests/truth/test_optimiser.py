@@ -147,26 +147,81 @@ def test_shadow_stays_theta_on_a_real_model() -> None:
     assert off(policy.groups["w"].flat(), w) < 1e-8
 
 
-def test_shared_moments_is_adams_step() -> None:
-    """On any gradients: theta^'s step is Adam's with theta's second moments and its own first ones, written out."""
-    config = OptimConfig.model_validate({"lr": 0.03, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1})
+BETAS, EPS = (0.8, 0.95), 1e-6
+
+
+def pair(shape: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
+    """Theta and the shadow, with Adam and with the optimiser that shares its second moments."""
+    config = OptimConfig.model_validate({"lr": 0.03, "betas": list(BETAS), "eps": EPS, **options})
     generator = torch.Generator().manual_seed(0)
-    theta, shadow = (torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
-    first = optim.build("adamw", [theta], config, 0.03)
-    second = optim.build("shared_moments", [shadow], config, 0.03, first)
-    m, v, wanted = torch.zeros(5).double(), torch.zeros(5).double(), shadow.detach().clone()
+    theta, shadow = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    first = optim.build("adamw", [theta], config, config.lr)
+    return theta, shadow, first, optim.build("shared_moments", [shadow], config, config.lr, first)
+
+
+def step_both(theta: Any, shadow: Any, first: Any, second: Any, h: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """One step of each on gradients h and g; what the shadow moved by, weight decay aside."""
+    before, group = shadow.detach().clone(), second.param_groups[0]
+    theta.grad, shadow.grad, second.beside = h.clone(), g.clone(), {shadow: h.clone()}
+    first.step()
+    second.step()
+    return before * (1 - group["lr"] * group["weight_decay"]) - shadow.detach()
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 70), (2, 3, 40)])
+def test_shared_moments_are_the_written_out_step(shape: tuple[int, ...]) -> None:
+    """The shadow's step with theta's second moments, its own momentum, and the bound of each piece of 32 neighbours."""
+    theta, shadow, first, second = pair(shape, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    m, v, u = (np.zeros(shape) for _ in range(3))
     for t in range(1, 8):
-        g, h = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
-        theta.grad, shadow.grad = g.clone(), h.clone()
-        before = shadow.detach().clone()
-        first.step()
-        second.step()
-        m, v = 0.8 * m + 0.2 * h, 0.95 * v + 0.05 * g**2
-        step = 0.03 * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
-        wanted = wanted * (1 - 0.03 * 0.1) - step
-        assert torch.allclose(shadow, wanted, rtol=1e-13, atol=0)
-        assert optim.last_step_norm(second, ["x"]) == pytest.approx(float(step.norm()), rel=1e-12)
-        assert float((shadow.detach() - before * (1 - 0.003)).norm()) == pytest.approx(float(step.norm()), rel=1e-12)
+        h, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        h[..., ::2] *= 0.01
+        moved = step_both(theta, shadow, first, second, h, g)
+        excess = np.maximum(g.numpy() ** 2 - h.numpy() ** 2, 0)
+        if len(shape) > 1:
+            for start in range(0, shape[-1], 32):
+                excess[..., start:start + 32] = excess[..., start:start + 32].max(-1, keepdims=True)
+        m, v, u = 0.8 * m + 0.2 * g.numpy(), 0.95 * v + 0.05 * h.numpy() ** 2, 0.95 * u + 0.05 * excess
+        root = np.sqrt(np.maximum(v, u / 16) / (1 - 0.95**t)) + EPS
+        wanted = 0.03 * (m / (1 - 0.8**t)) / root
+        assert np.allclose(moved.numpy(), wanted, rtol=1e-12, atol=1e-15)
+        assert optim.last_step_norm(second, ["x"]) == pytest.approx(float(np.linalg.norm(wanted)), rel=1e-12)
+
+
+@pytest.mark.parametrize("theta_sees", ["nothing", "little", "other elements", "the opposite", "noise"])
+def test_no_element_of_the_shadow_outruns_adam(theta_sees: str) -> None:
+    """For the same gradients, each element moves at most sqrt(17) times as far as Adam would move it, whatever theta's
+    gradients have been; the norm that is logged is the true one."""
+    shape, rng = (6, 50), np.random.default_rng(3)
+    theta, shadow, first, second = pair(shape)
+    m, v = np.zeros(shape), np.zeros(shape)
+    seen = {"nothing": lambda g: 0 * g, "little": lambda g: 1e-6 * g, "the opposite": lambda g: -0.5 * g,
+            "other elements": lambda g: g.roll(1, -1) * (torch.arange(50) % 2),
+            "noise": lambda g: torch.from_numpy(rng.normal(size=shape))}[theta_sees]
+    largest = 0.0
+    for t in range(1, 60):
+        g = torch.from_numpy(rng.normal(size=shape) * np.exp(2 * rng.normal(size=shape)) + (t % 7 == 0))
+        g[0] = 0.0 if t % 5 else 3.0  # a row that sees a token now and then
+        moved = step_both(theta, shadow, first, second, seen(g), g)
+        m, v = 0.8 * m + 0.2 * g.numpy(), 0.95 * v + 0.05 * g.numpy() ** 2
+        adams = 0.03 * np.abs(m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + EPS)
+        largest = max(largest, float((np.abs(moved.numpy()) / np.maximum(adams, 1e-300))[v > 0].max()))
+        assert optim.last_step_norm(second, ["x"]) == pytest.approx(float(moved.norm()), rel=1e-9)
+    assert largest <= math.sqrt(17) * (1 + 1e-9)
+    assert largest > 1 or theta_sees == "noise", "and theta's own metric is left only where it must be"
+
+
+def test_equal_gradients_move_both_equally_whatever_they_are() -> None:
+    """To the bit, with spikes and rows that are rarely seen: the bound is not felt where there is nothing to bound."""
+    theta, shadow, first, second = pair((4, 70))
+    with torch.no_grad():
+        shadow.copy_(theta)
+    rng = np.random.default_rng(0)
+    for t in range(30):
+        g = torch.from_numpy(rng.standard_cauchy(size=(4, 70)) * (rng.random((4, 1)) < 0.3) * (1000.0 if t == 9 else 1))
+        step_both(theta, shadow, first, second, g, g)
+        assert torch.equal(theta, shadow)
 
 
 def test_still_shadow_of_the_paper_preset_is_said() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -403,7 +405,7 @@ def test_the_shadow_steps_in_thetas_metric(policy: MakePolicy) -> None:
     for step in range(3):  # equal gradients move both alike; the shadow reads theta's moments after its step
         gradient = made.grad(terms, make_batch(demos(seed=step)), {"nll": 1.0}).theta
         made.apply("theta", gradient)
-        made.apply("shadow", gradient)
+        made.apply("shadow", gradient, beside=gradient)
     for name, t in made.groups["theta"].full.items():
         assert off(t, made.groups["shadow"].full[name]) < 1e-12
     g = made.grad(terms, make_batch(demos()), {"nll": 1.0}).theta
@@ -417,6 +419,39 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(policy: MakePolicy) -> 
     before = {n: t.clone() for n, t in made.tensors().items()}
     with pytest.raises(FloatingPointError, match="stopped before the step"):
         made.grad(lambda m, x: {"nll": x.logp_BT * float("inf")}, make_batch(demos()), {"nll": 1.0})
+    assert all(torch.equal(t, before[n]) for n, t in made.tensors().items())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_names_its_row(policy: MakePolicy, bad: float) -> None:
+    """The loss is finite, and one row of a micro-batch of several has a backward pass that is not."""
+    made = policy(micro_tokens=1000)
+    made.optimiser("theta")
+    rows = [replace(row, problem=replace(PROBLEM, id=f"p{i}")) for i, row in enumerate(demos())]
+    before = {n: t.clone() for n, t in made.tensors().items()}
+
+    def spoilt(micro: Micro, live: Live) -> dict[str, Tensor]:
+        logp_BT = live.logp_BT
+        for b, ids in enumerate(micro.ids_BT):
+            if torch.equal(ids[:len(rows[3].ids)], torch.from_numpy(rows[3].ids)):
+                logp_BT.register_hook(lambda g, b=b: g.index_fill(0, torch.tensor([b]), bad))
+        return {"nll": nll(logp_BT, micro.weight["nll"])}
+
+    with pytest.raises(FloatingPointError, match=r"of 'p3' \(demo\) is not finite"):
+        made.grad(spoilt, make_batch(rows), {"nll": 1.0})
+    assert all(torch.equal(t, before[n]) for n, t in made.tensors().items())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_no_optimiser_takes_a_step_that_is_not_finite(policy: MakePolicy, bad: float) -> None:
+    """Whatever a method has made of finite gradients."""
+    made = policy()
+    made.optimiser("theta")
+    before = {n: t.clone() for n, t in made.tensors().items()}
+    gradient = made.grad(terms, make_batch(demos()), {"nll": 1.0}).theta
+    next(iter(gradient.values())).view(-1)[3] = bad
+    with pytest.raises(FloatingPointError, match="gradient of theta is not finite"):
+        made.apply("theta", gradient)
     assert all(torch.equal(t, before[n]) for n, t in made.tensors().items())
 
 
@@ -436,7 +471,8 @@ def test_state_goes_through_tensors_and_back(policy: MakePolicy, lora: Any, excl
     def step(made: Policy, seed: int) -> None:
         found = made.grad(terms, make_batch(demos(seed=seed)), {"nll": 1.0})
         made.apply("theta", found.theta)
-        made.apply("shadow", made.grad(terms, make_batch(demos(seed=seed + 50)), {"nll": 1.0}, at="shadow").theta)
+        shadow = made.grad(terms, make_batch(demos(seed=seed + 50)), {"nll": 1.0}, at="shadow")
+        made.apply("shadow", shadow.theta, beside=found.theta)
         made.apply("w", found.w)
     one, two = build(), build()
     for seed in range(2):

@@ -93,6 +93,7 @@ def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
     for k in range(steps):
         g = torch.randn(64, 64, generator=generator(k)) * 0.1 + 1
         source.grad, wide.grad = g.clone(), g.clone()
+        shared[0].beside, shared[1].beside = {wide: g}, {narrow: g}  # type: ignore[attr-defined]
         adam.step()
         shared[0].step()
         storage.step(shared[1], [("x", narrow, g.clone())], form, form, torch.float32, noise)

@@ -132,10 +132,35 @@ def test_a_loss_that_is_not_finite_is_a_user_error(raw: Raw, monkeypatch: pytest
         calls.append(1)
         return nll(logp, weight) * (float("nan") if len(calls) > 4 else 1.0)
     monkeypatch.setattr(losses, "nll", spoilt)
-    with pytest.raises(UserError, match=r"step \d: the loss is not finite.*lower optim\.lr"):
+    with pytest.raises(UserError, match=r"step \d: the loss or the gradient of .* is not finite.*lower optim\.lr"):
         bridgelm.train(raw("sft"), quiet=True)
     run = bridgelm.Run(raw("sft")["out"] + "/run")
     assert run.info["status"] == "failed"
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_leaves_the_good_checkpoint(raw: Raw, monkeypatch: pytest.MonkeyPatch,
+                                                                  bad: float) -> None:
+    """The loss is finite; the run stops before the step, and goes on from the step before as if nothing had been."""
+    from bridgelm import losses
+
+    nll, calls = losses.nll, []
+
+    def spoilt(logp: Any, weight: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 4:
+            logp.register_hook(lambda g: g * bad)
+        return nll(logp, weight)
+
+    whole = bridgelm.train(raw("sft", name="whole", checkpoint_every=1), quiet=True)
+    monkeypatch.setattr(losses, "nll", spoilt)
+    with pytest.raises(UserError, match=r"step \d: the loss or the gradient of '.*' \(demo\).*is not finite"):
+        bridgelm.train(raw("sft", checkpoint_every=1), quiet=True)
+    monkeypatch.undo()
+    run = bridgelm.Run(raw("sft")["out"] + "/run")
+    assert run.info["status"] == "failed" and 0 < len(run.metrics) < len(whole.metrics)
+    then = bridgelm.train(resume=run.path, quiet=True)
+    assert [m["loss/nll"] for m in then.metrics] == [m["loss/nll"] for m in whole.metrics]
 
 
 def test_the_rate_follows_its_schedule(raw: Raw) -> None:

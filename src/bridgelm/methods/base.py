@@ -32,13 +32,14 @@ NEEDS = {
 
 
 class Gradients(NamedTuple):
-    """Tensors of the size of theta and w that a method holds: in a pass over rows of a kind, this one's included, and
-    most that it holds between passes."""
+    """Tensors of the size of theta and w that a method holds: in a pass over rows of a kind, this one's included, most
+    that it holds between passes, and in a pass over rollouts at another point than the live one."""
 
     demo: int
     rollout: int
     between: int
     parked: int = 0  # of those in a pass over rollouts: what `policy.park` is asked for
+    elsewhere: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ PATIENCE = 50  # steps without a third term before saying so
 @final
 class Bridge(Method):
     tier = "derived"
-    gradients = Gradients(1, 2, 2, parked=1)
+    gradients = Gradients(1, 2, 2, parked=1, elsewhere=2)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda constant or linear", models="shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -145,15 +145,15 @@ class Bridge(Method):
         if resync:
             policy.copy("theta", "shadow")
         norm = policy.apply("theta", joint)                                            # (1)
-        joint.clear()
+        policy.park(joint)  # the shadow's step is bounded by it
         if resync:  # the one-step reading: theta^ is theta and one step of RL, and w's gradient is taken there
-            policy.apply("shadow", again)
+            policy.apply("shadow", again, beside=joint)
         # Still the snapshot: the gradients at the shadow do not depend on theta, and w has not moved.
         shadow = (gradient_or_last(policy, self.options, step, lambda: self.at_shadow(policy, batch))
                   if self.shadowed else self.instead(rl))
         placebo_shadow = self.placebo(policy, batch, "shadow")
         if not resync and shadow.theta and "shadow" in policy.optimisers:  # it may rest, stay, or not be there
-            policy.apply("shadow", shadow.theta)                                       # (2)
+            policy.apply("shadow", shadow.theta, beside=joint)                         # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         bracket = self.bracket(gain, placebo, placebo_shadow, step)  # the gain's gradient, but for the two placebos
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, bracket)))                 # (3)

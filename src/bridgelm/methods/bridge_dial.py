@@ -52,7 +52,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Row
 @final
 class BridgeDial(Method):
     tier = "experimental"
-    gradients = Gradients(1, 2, 2, parked=1)
+    gradients = Gradients(1, 2, 2, parked=1, elsewhere=2)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="lambda by the slope of reward along theta - shadow", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -96,7 +96,7 @@ class BridgeDial(Method):
         z = alignment(batch.rows, rl.logps, shadow.logps)
         policy.lean("shadow", "theta", o.leak)  # before theta's step, and after the shadow's gradient: the snapshot
         norm = policy.apply("theta", joint)                                                              # (1)
-        policy.apply("shadow", shadow.theta, clip_as="theta")                                            # (2)
+        policy.apply("shadow", shadow.theta, clip_as="theta", beside=joint)                              # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))                                      # (3)
         self.logit = self.bound(self.logit - o.eta * min(max(z, -1.0), 1.0))                             # (4)

@@ -54,7 +54,7 @@ ROUNDING = 1e-5  # a third term this small beside RL's own is what the differenc
 @final
 class BridgeLeaky(Method):
     tier = "experimental"
-    gradients = Gradients(1, 3, 3, parked=1)
+    gradients = Gradients(1, 3, 3, parked=1, elsewhere=3)
     form = Form(data="rollouts + demos", demo="1 - lambda", rollout="lambda PPO; w: less the shadow's",
                 controller="w's rate by the agreement of half-batches", models="leaky shadow, low-rank w")
     needs = frozenset({"demos"})
@@ -94,7 +94,7 @@ class BridgeLeaky(Method):
             policy.lean("shadow", "theta", o.leak)  # before theta's step, after the shadow's gradient: the snapshot
         norm = policy.apply("theta", joint)                                                              # (1)
         if shadow.theta:
-            policy.apply("shadow", shadow.theta)                                                         # (2)
+            policy.apply("shadow", shadow.theta, beside=joint)                                           # (2)
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)                 # (3)
         rows = [row for part in parts for row in part.rows]
