@@ -35,7 +35,7 @@ from bridgelm.teacher_ids import teacher_model
 
 EIGHT = 1 + 4 / BLOCK  # bytes a value of eight bits with its block's scale
 TEMPORARY = 3  # tensors of the largest one's size that an optimiser's step, or what measures it, makes of each
-STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size; `pieces` counts the bound beside them
+STATES = {"AdamW": 2, "SharedMoments": 1, "SGD": 0}  # tensors of a parameter's size; `pieces` counts the bound
 
 
 @dataclass(frozen=True)
