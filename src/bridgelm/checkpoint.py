@@ -129,6 +129,17 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def generators() -> tuple[Any, ...]:
+    """The states of the global generators, for `set_generators`."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def set_generators(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
 def _random_state() -> dict[str, Any]:
     """Of the global generators. BridgeLM draws from none of them; a user's reward function may."""
     name, keys, *rest = np.random.get_state()

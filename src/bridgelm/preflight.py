@@ -186,7 +186,7 @@ def _check_engine(config: RunConfig) -> None:
         raise UserError("rollout.engine: vLLM knows no float64; set model.dtype = 'float32' or 'bfloat16', or "
                         "rollout.engine = 'native'")
     if rollout.server is not None:
-        if not re.fullmatch(r"https?://[^/\s]+/?", rollout.server):
+        if not re.fullmatch(r"https?://([^/\s:@]+|\[[0-9a-f:]+\])(:\d{1,5})?/?", rollout.server):
             raise UserError(f"rollout.server: {rollout.server!r}: write it as http://host:port")
         return
     if find_spec("vllm") is None:

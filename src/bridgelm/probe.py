@@ -16,7 +16,6 @@ folder as models (`starts/`).
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bridgelm import credit, dist, grads, losses
 from bridgelm.batching import halves, make_batch
-from bridgelm.checkpoint import save_model
+from bridgelm.checkpoint import generators, save_model, set_generators
 from bridgelm.config import RunConfig
 from bridgelm.data import Splits
 from bridgelm.grads import Gradient
@@ -66,11 +64,13 @@ def draw_sample(splits: Splits, config: RunConfig) -> Sample:
 class Probe:
     """Takes the measurements of one run. `start` holds the weights that drift is measured from."""
 
-    def __init__(self, roll: Roller, splits: Splits, starts: Sequence[int], folder: Path, step: int) -> None:
+    def __init__(self, roll: Roller, splits: Splits, starts: Sequence[int], folder: Path, step: int,
+                 taken: bool = True) -> None:
+        """`taken`: whether the probe after `step` lies behind."""
         self.policy, self.config, self.starts, self.folder = roll.policy, roll.config, starts, folder
         self.roll = Roller(roll.policy, roll.engine, roll.chat, roll.grader, roll.config, early=roll.early)
         self.sample = draw_sample(splits, roll.config)
-        begun = max(start for start in starts if start <= step)
+        begun = max(start for start in starts if start <= (step if taken else max(0, step - 1)))
         self.start_step, self.start = begun, dict[str, Tensor]()
         if step:
             named = roll.config.model if begun == 0 else roll.config.model.model_copy(
@@ -109,15 +109,13 @@ def start_folder(run: Path, step: int) -> Path:
 @contextmanager
 def _unnoticed(policy: Policy) -> Iterator[Ledger]:
     """Lends the policy another ledger, and puts the global random states back: a reward function may draw from them."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = generators()
     own, policy.ledger = policy.ledger, Ledger(policy.ledger.parameters)
     try:
         yield policy.ledger
     finally:
         policy.ledger = own
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        set_generators(before)
 
 
 def measure(policy: Policy, roll: Roller, sample: Sample, group: int, start: Weights) -> Metrics:

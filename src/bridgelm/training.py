@@ -16,7 +16,8 @@ from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
 from bridgelm.data import Data, check_lengths, load_splits
-from bridgelm.engine import Origin, open_engine
+from bridgelm.engine import Caller, Lost, Origin, open_engine
+from bridgelm.engine.ahead import Pending
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
 from bridgelm.held import Sharded, Whole
@@ -31,10 +32,21 @@ from bridgelm.progress import Progress
 from bridgelm.rollout import Roller, summary
 from bridgelm.runs import Run
 from bridgelm.teacher import Teacher
-from bridgelm.training_ahead import ask_ahead
+from bridgelm.training_ahead import ask_ahead, plain
 from bridgelm.training_signals import Interrupted, stoppable
 from bridgelm.types import Metrics, Problem, Row
 from bridgelm.verify.ranked import shared_verifier
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a checkpoint of the last completed step says beside its tensors. The weights are still those of that step
+    while the next one waits for answers."""
+
+    step: int
+    state: dict[str, Any]
+    pending: Pending | None
+    generators: tuple[Any, ...]
 
 
 @dataclass
@@ -54,6 +66,9 @@ class Session:
     said: set[str] = field(default_factory=set)
     stop: bool = False
     probe: Probe | None = None
+    due: list[str] = field(default_factory=lambda: ["look", "probe"])  # what follows the last step and is not yet done
+    mark: Mark | None = None  # what can be saved while the run waits for a server
+    saved: tuple[int, list[str]] | None = None  # step and `due` of the newest checkpoint
 
     @property
     def path(self) -> Path:
@@ -138,7 +153,8 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None, Sharded if dist.part(config.shard) else Whole)
-    engine = open_engine(config, chat, folder.path / "engine")
+    caller = Caller(lambda: session.stop, display.say)
+    engine = open_engine(config, chat, folder.path / "engine", caller)
     saved = checkpoint.newest(folder.path)
     state = checkpoint.read_state(saved) if saved else None
     if teacher is not None:
@@ -155,9 +171,11 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         data.load(state["data"])
         ledger.load(state["ledger"])
         session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
+        session.due, session.saved = state["due"], (state["step"], list(state["due"]))
         roll.load(state.get("ahead"))
     if config.diagnose.every:
-        session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step)
+        session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step,
+                              "probe" not in session.due)
     folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters,
                           ranks=dist.world(), accelerator=_accelerator(policy.device))
     dist.wait()
@@ -169,26 +187,66 @@ def _accelerator(device: torch.device) -> str | None:
 
 
 def _run(session: Session) -> None:
-    config = session.config
     with stoppable(session):
-        if session.step == 0:
-            look(session)
-            probe(session)
-        while session.step < config.steps:
-            started = time.perf_counter()
-            step_metrics = take_step(session)
-            session.policy.ledger.seconds += time.perf_counter() - started
-            session.event("step", **step_metrics)
-            if session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0):
-                look(session)
-            probe(session)
-            session.stop = dist.agree(session.stop)
-            due = config.checkpoint_every and session.step % config.checkpoint_every == 0
-            if session.stop or due or session.step == config.steps:
-                save(session)
-            if session.stop and session.step < config.steps:
-                raise Interrupted(session.path)
-        finish(session)
+        try:
+            _steps(session)
+            finish(session)
+        except Lost as lost:
+            _keep(session)
+            if session.stop:
+                raise Interrupted(session.path) from None
+            raise UserError(f"{lost}; go on with: bridgelm train --resume {session.path}") from None
+
+
+def _steps(session: Session) -> None:
+    config = session.config
+    _follow(session)
+    while session.step < config.steps:
+        if config.rollout.server and session.step and session.step in session.method.starts():
+            _save_once(session)  # a new stage changes weights before it draws
+            session.mark = None
+        started = time.perf_counter()
+        step_metrics = take_step(session)
+        session.policy.ledger.seconds += time.perf_counter() - started
+        look_now = session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0)
+        session.due = ["look", "probe"] if look_now else ["probe"]
+        session.event("step", **step_metrics)
+        _follow(session)
+        session.stop = dist.agree(session.stop)
+        due = config.checkpoint_every and session.step % config.checkpoint_every == 0
+        if session.stop or due:
+            save(session)
+        if session.stop and session.step < config.steps:
+            raise Interrupted(session.path)
+    _save_once(session)
+
+
+def _follow(session: Session) -> None:
+    """What is due after the last step."""
+    while session.due:
+        _mark(session)
+        {"look": look, "probe": probe}[session.due[0]](session)
+        del session.due[0]
+    _mark(session)
+
+
+def _mark(session: Session) -> None:
+    if session.config.rollout.server:
+        session.mark = Mark(session.step, plain(_state(session)), session.roll.pending, checkpoint.generators())
+
+
+def _keep(session: Session) -> None:
+    """A checkpoint of the last completed step, though another one is under way, which waited for a server in vain."""
+    session.stop, mark = dist.agree(session.stop), session.mark
+    if mark is None or not mark.step or session.saved == (mark.step, mark.state["due"]):
+        return  # what there is to go on with lies on disk
+    try:
+        ahead = mark.pending.state() if mark.pending else None
+    except Lost:
+        ahead = None  # the step will draw for itself
+    session.display.state("saving")
+    checkpoint.set_generators(mark.generators)  # a reward function may have drawn from them since
+    checkpoint.save(session.path, mark.step, session.policy, {**mark.state, "ahead": ahead})
 
 
 def take_step(session: Session) -> Metrics | dict[str, Any]:
@@ -260,12 +318,22 @@ def _measure(session: Session, problems: tuple[Problem, ...], samples: int, mode
                        session.roll.grader, problems, session.config, samples)
 
 
+def _state(session: Session) -> dict[str, Any]:
+    return {"method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
+            "best": session.best, "said": sorted(session.said), "due": session.due}
+
+
 def save(session: Session) -> None:
     session.display.state("saving")
-    checkpoint.save(session.path, session.step, session.policy, {
-        "method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
-        "best": session.best, "said": sorted(session.said), "ahead": session.roll.state()})
+    checkpoint.save(session.path, session.step, session.policy,
+                    {**_state(session), "ahead": session.roll.state()})
+    session.saved = session.step, list(session.due)
     session.folder.set_status("running", **peak_device_memory())
+
+
+def _save_once(session: Session) -> None:
+    if session.saved != (session.step, []):
+        save(session)
 
 
 def finish(session: Session) -> None:

@@ -28,7 +28,7 @@ def ask_ahead(method: Method, data: Data, roll: Roller, step: int) -> None:
                         "later draws may depend on the earlier ones; set rollout.ahead = false")
     if step + 1 == roll.config.steps or step + 1 in method.starts():  # a new stage changes the weights as it begins
         return
-    kept = data.state(), _plain(method.state())
+    kept = data.state(), plain(method.state())
     roll.begin(step + 1)
     roll.rehearsing = True
     try:
@@ -41,6 +41,6 @@ def ask_ahead(method: Method, data: Data, roll: Roller, step: int) -> None:
         method.load(kept[1])
 
 
-def _plain(state: Any) -> Any:
+def plain(state: Any) -> Any:
     """As it comes back from a checkpoint, and sharing nothing with the method."""
     return json.loads(json.dumps(clean(state)))

@@ -58,7 +58,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Noisy]]:
     def install(size: float) -> list[Noisy]:
         made: list[Noisy] = []
 
-        def open_engine(config: Any, chat: Any, exchange: Path) -> Noisy:
+        def open_engine(config: Any, chat: Any, exchange: Path, caller: Any) -> Noisy:
             made.append(Noisy(NativeEngine(chat.eos_ids, chat.pad_id, chat.text), size))
             return made[-1]
         monkeypatch.setattr(training, "open_engine", open_engine)

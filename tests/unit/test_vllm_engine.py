@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from bridgelm import preflight
 from bridgelm.chat import load_chat
 from bridgelm.config import ModelConfig, OptimConfig, RunConfig, make_config
-from bridgelm.engine import Request, Sampling, exchange, vllm
+from bridgelm.engine import Caller, Request, Sampling, exchange, vllm
 from bridgelm.engine.vllm import Answer, InProcess, VllmEngine, adapter_rank
 from bridgelm.engine.vllm_server import Server
 from bridgelm.errors import UserError
@@ -34,6 +34,7 @@ class Recorder:
 
     max_length = 64
     elsewhere = False
+    awaited = True
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -376,7 +377,7 @@ def answers(logprobs: str = "processed_logprobs", dtype: str = "torch.float32") 
 def test_a_server_is_given_files_and_asked_for_tokens(raw: Raw, policy: Any, serve: Serve, tmp_path: Path) -> None:
     url, sent = serve(answers())
     made = config(raw, server=url)
-    engine = VllmEngine(Server(made, tmp_path / "x"), load_chat(made.model), False)
+    engine = VllmEngine(Server(made, tmp_path / "x", Caller()), load_chat(made.model), False)
     found = ask(engine, policy(), rooms=(None, None))
     assert [c.ids.tolist() for c in found] == [[5, 1]] * 2
     assert found[0].finished
@@ -395,7 +396,7 @@ def test_a_server_is_given_files_and_asked_for_tokens(raw: Raw, policy: Any, ser
 def test_a_server_is_given_an_adapter(raw: Raw, policy: Any, serve: Serve, tmp_path: Path) -> None:
     url, sent = serve(answers())
     made = config(raw, lora=2, server=url)
-    engine = VllmEngine(Server(made, tmp_path), load_chat(made.model), True)
+    engine = VllmEngine(Server(made, tmp_path, Caller()), load_chat(made.model), True)
     ask(engine, policy((2, 4.0, "q_proj")))
     assert sent[0] == ("/v1/load_lora_adapter", {"lora_name": "bridgelm", "lora_path": str(tmp_path),
                                                  "load_inplace": True})
@@ -410,15 +411,15 @@ def test_a_server_is_given_an_adapter(raw: Raw, policy: Any, serve: Serve, tmp_p
 def test_servers_that_cannot_be_used(raw: Raw, policy: Any, serve: Serve, tmp_path: Path, change: dict[str, Any],
                                      message: str) -> None:
     url, _ = serve({**answers(), **change})
-    made = config(raw, server=url)
+    made = config(raw, server=url, server_retries=0)
     with pytest.raises(UserError, match=rf"rollout.server: {url}.*{message}"):
-        ask(VllmEngine(Server(made, tmp_path), load_chat(made.model), False), policy())
+        ask(VllmEngine(Server(made, tmp_path, Caller()), load_chat(made.model), False), policy())
 
 
 def test_no_server(raw: Raw, policy: Any, tmp_path: Path) -> None:
-    made = config(raw, server="http://127.0.0.1:9")
+    made = config(raw, server="http://127.0.0.1:9", server_retries=0)
     with pytest.raises(UserError, match=r"rollout.server: http://127.0.0.1:9 cannot be reached .*; start it with"):
-        ask(VllmEngine(Server(made, tmp_path), load_chat(made.model), False), policy())
+        ask(VllmEngine(Server(made, tmp_path, Caller()), load_chat(made.model), False), policy())
 
 
 # -- what is refused before a model is loaded --------------------------------------------------------------------------
@@ -428,7 +429,9 @@ def test_no_server(raw: Raw, policy: Any, tmp_path: Path) -> None:
     (True, {"dtype": "float64"}, {}, "rollout.engine: vLLM knows no float64; set model.dtype"),
     (True, {"device": "cuda:1"}, {}, "CUDA_VISIBLE_DEVICES=1 and model.device = 'cuda'"),
     (False, {}, {"server": "localhost:8000"}, "rollout.server: 'localhost:8000': write it as http://host:port"),
+    (False, {}, {"server": "http://gpu7:port"}, "rollout.server: 'http://gpu7:port': write it as http://host:port"),
     (False, {"device": "cuda:1"}, {"server": "http://gpu7:8000"}, None),
+    (False, {}, {"server": "https://[::1]:8000/"}, None),
     (True, {"device": "cuda:0"}, {}, None)])
 def test_static_checks(raw: Raw, monkeypatch: pytest.MonkeyPatch, there: bool, model: dict[str, Any],
                        rollout: dict[str, Any], message: str | None) -> None:

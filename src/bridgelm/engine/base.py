@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
@@ -36,6 +37,19 @@ class Origin:
     model: Any
     version: tuple[int, int] | None = None  # equal for equal weights; None: unknown, an engine of its own copies them
     adapter: Mapping[str, tuple[Tensor, Tensor]] | None = None  # (A, B) that make them out of the model as it was read
+
+
+class Lost(UserError):
+    """The engine is another program, and its answers do not come or cannot be used, or the run was told to stop while
+    it waited for them."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The run, as an engine sees it that waits for another program."""
+
+    stopping: Callable[[], bool] = lambda: False  # whether it was told to stop
+    say: Callable[[str], None] = lambda text: None
 
 
 Done = Callable[[int, np.ndarray], None]  # the number of a request, and the ids of its completion

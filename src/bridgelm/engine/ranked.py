@@ -1,17 +1,19 @@
 """An engine that several ranks share: each has its part of the requests answered, and all get all completions.
 
 A request draws from a stream of its own, so its tokens do not depend on who answers it. Of a server, which all of them
-would ask, only the first rank asks.
+would ask, only the first rank asks; that it was lost is an answer too, on all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 
 from bridgelm import dist
-from bridgelm.engine.base import Done, Engine, Origin, Request, Sampling
+from bridgelm.engine.base import Done, Engine, Lost, Origin, Request, Sampling
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
@@ -25,10 +27,9 @@ class RankedEngine:
         spent = Ledger(0)
         mine = self._mine(requests)
         tell: Done | None = (lambda i, ids: done(mine[i], ids)) if done else None
-        made = []
-        if self._asks():
-            made = self.engine.generate(origin, [requests[i] for i in mine], sampling, spent, tell)
-        found, tokens = self._all(len(requests), mine, made, spent)
+        asked = [requests[i] for i in mine]
+        found, tokens = self._all(len(requests), mine, spent,
+                                  lambda: self.engine.generate(origin, asked, sampling, spent, tell))
         if ledger is not None:
             ledger.generate += tokens
         return found
@@ -36,17 +37,29 @@ class RankedEngine:
     def start(self, origin: Origin, requests: Sequence[Request],
               sampling: Sampling) -> Callable[[], list[Completion]]:
         mine = self._mine(requests)
-        waiting = self.engine.start(origin, [requests[i] for i in mine], sampling) if self._asks() else list
-        return lambda: self._all(len(requests), mine, waiting(), Ledger(0))[0]
+        waiting: Callable[[], list[Completion]] = list
+        if self._asks():
+            try:
+                waiting = self.engine.start(origin, [requests[i] for i in mine], sampling)
+            except Lost as error:
+                waiting = partial(_raise, error)  # where the others can hear of it
+        return lambda: self._all(len(requests), mine, Ledger(0), waiting)[0]
 
-    def _all(self, count: int, mine: Sequence[int], made: Sequence[Completion],
-             spent: Ledger) -> tuple[list[Completion], int]:
+    def _all(self, count: int, mine: Sequence[int], spent: Ledger,
+             make: Callable[[], list[Completion]]) -> tuple[list[Completion], int]:
         """Everybody's completions, and the tokens that all of them took."""
-        parts = {}
+        parts: dict[str, np.ndarray] = {}
+        made: list[Completion] = []
+        try:
+            made = make() if self._asks() else []
+        except Lost as error:
+            mine, parts = [], {"lost": np.frombuffer(str(error).encode(), np.uint8)}
         for i, completion in zip(mine, made, strict=True):
             parts |= {f"{i}/ids": completion.ids, f"{i}/raw": completion.raw_logps, f"{i}/logps": completion.logps,
                       f"{i}/finished": np.array(completion.finished)}
         found = dist.gather(parts | {f"spent/{dist.rank()}": np.array(spent.generate)})
+        if "lost" in found:
+            raise Lost(found["lost"].tobytes().decode())
         return [Completion(found[f"{i}/ids"], found[f"{i}/raw"], found[f"{i}/logps"], bool(found[f"{i}/finished"]))
                 for i in range(count)], sum(int(found[f"spent/{rank}"]) for rank in range(dist.world()))
 
@@ -67,3 +80,7 @@ class RankedEngine:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _raise(error: Lost) -> NoReturn:
+    raise error

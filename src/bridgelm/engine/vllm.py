@@ -50,6 +50,7 @@ class Backend(Protocol):
 
     max_length: int  # tokens of a prompt and its answer
     elsewhere: bool  # on a device of its own
+    awaited: bool  # whether the run stands still until it answers
 
     def wake(self, model: Any) -> None:
         """Makes it ready; `model` is of the kind that it is to draw from."""
@@ -95,13 +96,18 @@ class VllmEngine:
         if not self.backend.elsewhere:  # its device is the trainer's too
             found = self._draw(requests, sampling)
             return lambda: found
-        self.running = self.workers.submit(self._draw, requests, sampling)
-        return self.running.result
+        self.backend.awaited = False
+        self.running = running = self.workers.submit(self._draw, requests, sampling)
+        return lambda: self._wait(running)
+
+    def _wait(self, running: Future[list[Completion]]) -> list[Completion]:
+        self.backend.awaited = True
+        return running.result()
 
     def _join(self) -> None:
         """Weights are replaced only when nothing is being drawn."""
         if self.running is not None:
-            self.running.result()
+            self._wait(self.running)
 
     def _draw(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         rooms = [sampling.max_new_tokens if r.room is None else r.room for r in requests]
@@ -124,8 +130,8 @@ class VllmEngine:
             self.held = None
 
     def close(self) -> None:
+        self.backend.close()  # first: it ends a wait for answers that nobody needs any more
         self.workers.shutdown()
-        self.backend.close()
 
     def _sync(self, origin: Origin) -> None:
         if origin.version is not None and origin.version == self.held:
@@ -182,6 +188,7 @@ class InProcess:
     """vLLM in this process, on the trainer's device. It is opened when it is first needed."""
 
     elsewhere = False
+    awaited = True
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.rank = config, adapter_rank(config)

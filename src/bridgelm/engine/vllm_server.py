@@ -2,108 +2,399 @@
 
 Of vLLM's ways between processes this is the one that needs no GPU on either side. It is served by its development
 endpoints, which have no access control: keep the server's port away from others (docs/engines.md).
+
+A server is another program, maybe on another machine. It may hang, restart, or be something else than it seems: waits
+end, faults that may pass are tried again, and what is learned from is checked against what was asked for.
 """
 
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from bridgelm.config import RunConfig
+from bridgelm.engine.base import Caller, Lost
 from bridgelm.engine.exchange import write_adapter, write_weights
 from bridgelm.engine.vllm import Adapter, Answer, adapter_rank
 from bridgelm.errors import UserError
 
 AT_ONCE = 256  # requests that wait for their answer; the server batches them
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs (docs/engines.md)"
+CONNECT = 10.0  # seconds
+POLL = 0.2  # seconds between looks at whether the run was told to stop
+PAUSE, LONGEST = 1.0, 60.0  # seconds before the first further try, doubled for each later one, and at most
+PER_TOKEN = 0.1  # seconds that a slow server may take for a token of the longest answer
+PER_SECOND = 50e6  # bytes of weights that a slow disk gives
+ROOM = 2**20  # bytes of an answer, beside those of its tokens
+PER_ASKED = 2**10  # bytes of an answer for a token of the prompt or of the limit, with its log-probs and texts
+ROUNDING = 1e-4  # by which the log of a probability next to 1 may exceed 0
+BUSY = {429, 502, 503, 504}
 
+
+# -- what is asked, and what comes back --------------------------------------------------------------------------------
+
+class Told(BaseModel):
+    """A part of an answer, checked; what is not named here may be there too."""
+
+    model_config = ConfigDict(strict=True)
+
+
+LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False)]
+
+
+class Model(Told):
+    id: str
+    max_model_len: Annotated[int, Field(gt=0)]
+
+
+class Models(Told):
+    data: Annotated[list[Model], Field(min_length=1)]
+
+
+class Settings(Told):
+    logprobs_mode: str
+    dtype: str
+
+
+class Config(Told):
+    of_model: Settings = Field(alias="model_config")
+
+
+class Info(Told):
+    vllm_config: Config
+
+
+class Reset(Told):
+    success: bool
+
+
+class LogProbs(Told):
+    token_logprobs: list[LogProb]
+
+
+class Choice(Told):
+    token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    logprobs: LogProbs
+    finish_reason: Literal["stop", "length"]
+
+
+class Answered(Told):
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+
+
+class At(Told):
+    logprob: LogProb
+
+
+class Scores(Told):
+    prompt_logprobs: list[dict[str, At] | None]
+
+
+class Scored(Told):
+    choices: Annotated[list[Scores], Field(min_length=1, max_length=1)]
+
+
+Kind = Literal["busy", "gone", "silent", "wrong"]
+T = TypeVar("T", bound=Told)
+
+
+class Fault(Exception):
+    """One that may pass."""
+
+    def __init__(self, kind: Kind, text: str) -> None:
+        super().__init__(text)
+        self.kind: Kind = kind
+
+
+@dataclass(frozen=True)
+class Ask:
+    path: str
+    body: dict[str, Any] | None = None  # None: GET
+    read: Callable[[bytes], Any] = bytes  # checks an answer
+    room: int = ROOM  # bytes that it may have
+
+
+def told(kind: type[T], text: bytes) -> T:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise Fault("wrong", f"{place + ': ' if place else ''}{first['msg']} (got {first['input']!r:.40})") from None
+
+
+def read_reset(text: bytes) -> None:
+    if not told(Reset, text).success:
+        raise Fault("busy", "is at work for somebody else while its weights are replaced; a server serves one run")
+
+
+def read_answer(limit: int, vocabulary: int, text: bytes) -> Answer:
+    choice = told(Answered, text).choices[0]
+    ids, logps = choice.token_ids, choice.logprobs.token_logprobs
+    if len(ids) > limit:
+        raise Fault("wrong", f"{len(ids)} tokens, and {limit} were asked for")
+    if len(logps) != len(ids):
+        raise Fault("wrong", f"{len(logps)} log-probs of {len(ids)} tokens")
+    if max(ids) >= vocabulary:
+        raise Fault("wrong", f"token {max(ids)} of a vocabulary of {vocabulary}")
+    if choice.finish_reason == "length" and len(ids) < limit:
+        raise Fault("wrong", f"{len(ids)} tokens of {limit}, said to have ended at the limit")
+    return Answer(ids, logps, choice.finish_reason == "stop")
+
+
+def read_scores(ids: Sequence[int], text: bytes) -> list[float]:
+    found = told(Scored, text).choices[0].prompt_logprobs
+    if len(found) != len(ids):
+        raise Fault("wrong", f"{len(found)} log-probs of a prompt of {len(ids)} tokens")
+    places = [(at or {}).get(str(token)) for token, at in zip(ids[1:], found[1:], strict=True)]
+    if None in places:
+        raise Fault("wrong", f"token {places.index(None) + 2} of a prompt has no log-prob")
+    return [at.logprob for at in places if at is not None]
+
+
+# -- one connection ----------------------------------------------------------------------------------------------------
+
+class Line:
+    """Asks one thing after the other, in a thread of its own that can be abandoned."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.socket: socket.socket | None = None
+        self.over = False
+
+    def work(self, asks: SimpleQueue[tuple[int, Ask]], answers: SimpleQueue[tuple[int, Any]]) -> None:
+        while not self.over:
+            try:
+                number, ask = asks.get_nowait()
+            except Empty:
+                return
+            try:
+                answers.put((number, self.ask(ask)))
+            except Exception as error:  # handed to the thread that waits, which raises it
+                answers.put((number, error))
+
+    def hang_up(self) -> None:
+        self.over = True
+        if self.socket is not None:
+            with suppress(OSError):  # closed already
+                self.socket.shutdown(socket.SHUT_RDWR)
+
+    def ask(self, ask: Ask) -> Any:
+        parts = urlsplit(self.url)
+        connection = (HTTPSConnection if parts.scheme == "https" else HTTPConnection)(parts.netloc, timeout=CONNECT)
+        try:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise Fault("gone", f"cannot be reached ({error}); start it with {START}") from None
+            self.socket = connection.sock
+            connection.sock.settimeout(None)  # whoever waits for the answers hangs up
+            if self.over:
+                raise Fault("gone", "is no longer asked")
+            data = None if ask.body is None else json.dumps(ask.body).encode()
+            connection.request("GET" if data is None else "POST", ask.path, data, {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                text = self._read(response, ask)
+        except (OSError, HTTPException) as error:
+            raise Fault("gone", f"broke off its answer ({type(error).__name__}: {_line(str(error))})") from None
+        finally:
+            self.socket = None
+            connection.close()
+        return ask.read(text)
+
+    def _read(self, response: HTTPResponse, ask: Ask) -> bytes:
+        status = response.status
+        if 300 <= status < 400:
+            target = urlsplit(response.headers.get("Location", "")).netloc or "nowhere"
+            raise Lost(f"rollout.server: {self.url} sends on to {_line(target)} ({status}), which is not followed; "
+                       "name the server itself")
+        if status != 200:
+            said = f"answered {status} {_line(response.read(300).decode(errors='replace'))}"
+            if status in BUSY:
+                raise Fault("busy", said)
+            missing = f"; start it with {START}" if status == 404 else ""
+            raise Lost(f"rollout.server: {self.url}{ask.path} {said}{missing}")
+        text = response.read(ask.room + 1)
+        if len(text) > ask.room:
+            raise Fault("wrong", f"more than {ask.room} bytes")
+        if response.length:
+            raise ConnectionError(f"{response.length} bytes are missing")
+        return text
+
+
+def _line(text: str) -> str:
+    """What a stranger says, on the user's terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
 
 class Server:
     elsewhere = True
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        assert config.rollout.server is not None
-        self.url, self.folder = config.rollout.server.rstrip("/"), folder.absolute()
+    def __init__(self, config: RunConfig, folder: Path, caller: Caller) -> None:
+        rollout = config.rollout
+        assert rollout.server is not None
+        self.url, self.folder, self.caller = rollout.server.rstrip("/"), folder.absolute(), caller
+        self.timeout, self.retries = rollout.server_timeout, rollout.server_retries
         self.rank, self.dtype = adapter_rank(config), getattr(torch, config.model.dtype)
-        self.name, self.adapted, self.max_length = "", False, 0
+        self.name, self.adapted, self.max_length, self.vocabulary = "", False, 0, 0
+        self.awaited, self.closed = True, False
+        self.given = False  # whether it was given weights
 
     def wake(self, model: Any) -> None:
         """The first time looks whether the server is one that this engine can use."""
         if self.name:
             return
-        models = self._call("/v1/models")["data"]
-        settings = self._call("/server_info?config_format=json")["vllm_config"]["model_config"]
-        if settings["logprobs_mode"] != "processed_logprobs":
-            raise UserError(f"rollout.server: {self.url} gives {settings['logprobs_mode']}, which are not those of the "
+        first = self._ask(Ask("/v1/models", read=partial(told, Models))).data[0]
+        settings = self._ask(Ask("/server_info?config_format=json", read=partial(told, Info))).vllm_config.of_model
+        if settings.logprobs_mode != "processed_logprobs":
+            raise UserError(f"rollout.server: {self.url} gives {settings.logprobs_mode}, which are not those of the "
                             f"sampling temperature; start it with {START}")
-        dtype = str(settings["dtype"]).removeprefix("torch.")
+        dtype = settings.dtype.removeprefix("torch.")
         if dtype != str(self.dtype).removeprefix("torch."):
             raise UserError(f"rollout.server: {self.url} computes in {dtype}, and model.dtype is "
                             f"{str(self.dtype).removeprefix('torch.')}; start it with --dtype of the same")
-        self.name, self.max_length = models[0]["id"], models[0]["max_model_len"]
+        self.name, self.max_length = first.id, first.max_model_len
+        self.vocabulary = model.get_input_embeddings().num_embeddings
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None:
         write_weights(named, self.folder)
-        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
-        if not self._call("/reset_prefix_cache", {})["success"]:  # keys and values of the old weights
-            raise UserError(f"rollout.server: {self.url} is at work for somebody else while its weights are replaced; "
-                            "a server serves one run")
         self.adapted = False
+        self._give()
 
     def adapt(self, adapter: Adapter) -> None:
         write_adapter(adapter, self.rank, self.dtype, self.folder)
-        self._call("/v1/load_lora_adapter", {"lora_name": "bridgelm", "lora_path": str(self.folder),
-                                             "load_inplace": True})
-        self._call("/reset_prefix_cache", {})
         self.adapted = True
+        self._give()
+
+    def _give(self) -> None:
+        """The weights of the folder."""
+        self.given = True
+        if self.adapted:
+            self._ask(Ask("/v1/load_lora_adapter", {"lora_name": "bridgelm", "lora_path": str(self.folder),
+                                                    "load_inplace": True}), self._reading())
+        else:
+            self._ask(Ask("/collective_rpc", {"method": "reload_weights",
+                                              "kwargs": {"weights_path": str(self.folder)}}), self._reading())
+        # Keys and values of the old weights; those of an adapter are kept apart.
+        self._ask(Ask("/reset_prefix_cache", {}, bytes if self.adapted else read_reset))
+
+    def _reading(self) -> float:
+        """Seconds that it may take for the files."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) / PER_SECOND
 
     def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]:
-        found = self._each([{"prompt": ids, "return_token_ids": True, **p}
-                            for ids, p in zip(prompts, params, strict=True)])
-        return [Answer(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"] == "stop") for c in found]
+        return self._each([({"prompt": ids, "return_token_ids": True, **p},
+                            partial(read_answer, p["max_tokens"], self.vocabulary))
+                           for ids, p in zip(prompts, params, strict=True)])
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        found = self._each([{"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
-                            for ids in sequences])
-        return [[at[str(token)]["logprob"] for token, at in zip(ids[1:], c["prompt_logprobs"][1:], strict=True)]
-                for ids, c in zip(sequences, found, strict=True)]
+        return self._each([({"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0},
+                            partial(read_scores, ids)) for ids in sequences])
 
     def sleep(self) -> bool:
         """It has a device of its own."""
         return False
 
     def close(self) -> None:
+        self.closed = True
         for file in self.folder.glob("*"):
             file.unlink()
 
-    def _each(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _each(self, asked: Sequence[tuple[dict[str, Any], Callable[[bytes], Any]]]) -> list[Any]:
         name = "bridgelm" if self.adapted else self.name
+        asks = [Ask("/v1/completions", {"model": name, **body}, read,
+                    ROOM + PER_ASKED * (len(body["prompt"]) + body["max_tokens"])) for body, read in asked]
+        return self._all(asks, PER_TOKEN * max((body["max_tokens"] for body, _ in asked), default=0), self._again)
 
-        def one(body: dict[str, Any]) -> dict[str, Any]:
-            return self._call("/v1/completions", {"model": name, **body})["choices"][0]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(one, bodies))
+    def _again(self) -> None:
+        """It was away: a server that was started anew has other weights than those to draw from."""
+        if self.given:
+            self._give()
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+    def _ask(self, ask: Ask, longer: float = 0.0) -> Any:
+        return self._all([ask], longer)[0]
+
+    def _all(self, asks: Sequence[Ask], longer: float, mend: Callable[[], None] = lambda: None) -> list[Any]:
+        """Their answers, in rounds: what failed in one is asked for again in the next, as often as that makes sense."""
+        found: dict[int, Any] = {}
+        allowed = {"busy": self.retries, "gone": self.retries, "silent": 1, "wrong": 1}
+        met = Counter[str]()
+        while len(found) < len(asks):
+            faults = self._round({i: ask for i, ask in enumerate(asks) if i not in found}, found, self.timeout + longer)
+            for kind in {fault.kind for fault in faults}:
+                met[kind] += 1
+            for fault in faults:
+                if met[fault.kind] > allowed[fault.kind]:
+                    raise Lost(f"rollout.server: {self.url} {_said(fault)}, at {met[fault.kind]} tries")
+            if faults:
+                pause = min(LONGEST, PAUSE * 2**(met.total() - 1))
+                self.caller.say(f"rollout.server: {self.url} {_said(faults[0])}; {len(asks) - len(found)} of "
+                                f"{len(asks)} requests again in {pause:g} s")
+                self._pause(pause)
+                if any(fault.kind in ("gone", "busy") for fault in faults):
+                    mend()
+        return [found[i] for i in range(len(asks))]
+
+    def _round(self, asks: Mapping[int, Ask], found: dict[int, Any], limit: float) -> list[Fault]:
+        """Asks each once. It ends when for `limit` seconds no answer has become whole: a long queue is no fault."""
+        waiting, answers = SimpleQueue[tuple[int, Ask]](), SimpleQueue[tuple[int, Any]]()
+        for item in asks.items():
+            waiting.put(item)
+        lines = [Line(self.url) for _ in range(min(AT_ONCE, len(asks)))]
+        faults: list[Fault] = []
         try:
-            with urllib.request.urlopen(request) as answer:
-                text = answer.read()
-                kind = answer.headers.get_content_type()
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")[:300]
-            missing = f"; start it with {START}" if error.code == 404 else ""
-            raise UserError(f"rollout.server: {self.url}{path} answered {error.code} {reason}{missing}") from None
-        except OSError as error:
-            raise UserError(f"rollout.server: {self.url} cannot be reached ({error}); start it with {START}") from None
-        return json.loads(text) if text and kind == "application/json" else None
+            for line in lines:
+                # Daemons: at the end of the program nobody waits for a connection that hangs.
+                Thread(target=line.work, args=(waiting, answers), name="vllm server", daemon=True).start()
+            heard, missing = time.monotonic(), len(asks)
+            while missing:
+                self._heed()
+                try:
+                    number, answer = answers.get(timeout=POLL)
+                except Empty:
+                    if time.monotonic() - heard > limit:
+                        return [*faults, Fault("silent", f"gave no answer in {limit:g} s")]
+                    continue
+                heard, missing = time.monotonic(), missing - 1
+                if isinstance(answer, Fault):
+                    faults.append(answer)
+                elif isinstance(answer, Exception):
+                    raise answer
+                else:
+                    found[number] = answer
+        finally:
+            for line in lines:
+                line.hang_up()
+        return faults
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._heed()
+            time.sleep(min(POLL, left))
+
+    def _heed(self) -> None:
+        if self.closed or (self.awaited and self.caller.stopping()):
+            raise Lost(f"rollout.server: {self.url} is no longer waited for")
+
+
+def _said(fault: Fault) -> str:
+    return f"gave a wrong answer: {fault}" if fault.kind == "wrong" else str(fault)

@@ -28,6 +28,10 @@ class RolloutConfig(Strict):
     stop: list[str] = Field(default_factory=list)
     engine: Literal["native", "vllm"] = "native"  # docs/engines.md
     server: str | None = None  # http://host:port of a vLLM server; without it vLLM runs in this process
+    # Seconds in which no answer comes, after which a server counts as hanging; 0.1 s a token of the longest answer or
+    # 1 s per 50 MB of weights come on top.
+    server_timeout: Annotated[float, Field(gt=0)] = 600.0
+    server_retries: Annotated[int, Field(ge=0)] = 6  # after 1, 2, 4, ... s, where it is busy or out of reach
     vllm: VllmOptions = VllmOptions()
     # Where the engine's log-probs are not the trainer's own, a token's weight is multiplied with
     # min(correction, p_trainer / p_engine); 2 is that of Yao et al. 2025. 0: no correction.
