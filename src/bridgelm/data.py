@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from bridgelm.data_splits import Problems, Splits, check_lengths, load_splits
 from bridgelm.errors import UserError
 from bridgelm.types import Demo, Problem
 
-__all__ = ["Data", "Problems", "Splits", "check_lengths", "load_splits", "with_teacher"]
+__all__ = ["ById", "Data", "Problems", "Splits", "check_lengths", "load_splits", "with_teacher"]
 
 
 def with_teacher(facts: frozenset[str], config: RunConfig) -> frozenset[str]:
@@ -19,6 +20,17 @@ def with_teacher(facts: frozenset[str], config: RunConfig) -> frozenset[str]:
     if config.teacher is None:
         return facts
     return facts | {"teacher"} | ({"behaviour"} if "demos" in facts else set())
+
+
+class ById(dict[str, Problem]):
+    """Problems by their ids. A run that goes on with other data may ask for one that is gone."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__({problem.id: problem for problem in problems})
+
+    def __missing__(self, name: str) -> Problem:
+        raise UserError(f"data.train: the run's checkpoint refers to problem {name!r}, which is not there any more; "
+                        "put it back, or start a new run")
 
 
 class _Cursor:
@@ -77,11 +89,8 @@ class Data:
         return frozenset(name for name, yes in there.items() if yes)
 
     def state(self) -> dict[str, Any]:
-        return {name: {"taken": cursor.taken, "size": cursor.size} for name, cursor in self._cursors.items()}
+        return {name: {"taken": cursor.taken} for name, cursor in self._cursors.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         for name, cursor in self._cursors.items():
-            if state[name]["size"] != cursor.size:
-                raise UserError(f"data: the checkpoint was made with {state[name]['size']} items of {name!r}, now "
-                                f"there are {cursor.size}; resume with the data of the run, or start a new one")
             cursor.taken = state[name]["taken"]

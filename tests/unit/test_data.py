@@ -10,7 +10,7 @@ import pytest
 
 from bridgelm.chat import Chat
 from bridgelm.config import RunConfig, make_config
-from bridgelm.data import Data, Splits, check_lengths, load_splits
+from bridgelm.data import ById, Data, Splits, check_lengths, load_splits
 from bridgelm.data_schema import to_problem
 from bridgelm.data_sources import Source, read
 from bridgelm.data_splits import prompt_key
@@ -348,9 +348,13 @@ def test_a_resumed_cursor_goes_on_exactly():
         assert resumed.demos(5) == whole.demos(5)
         assert resumed.val(2) == whole.val(2)
     assert resumed.state() == whole.state()
-    fewer = cursor_splits()
-    with pytest.raises(UserError, match="made with 7 items of 'problems', now there are 6"):
-        Data(Splits(fewer.train[:6], fewer.demos, fewer.validation, ()), 3).load(state)
+
+
+def test_a_problem_that_is_gone_is_named():
+    known = ById(cursor_splits().train)
+    assert all(known[name].id == name for name in known)
+    with pytest.raises(UserError, match=r"data\.train: .*'gone'"):
+        _ = known["gone"]
 
 
 def test_facts():

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.data import ById, Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -52,7 +52,7 @@ class DataMixing(Method):
         self.buffer = self.buffer[-self.options.buffer:]
         size = self.run.batch.demos * self.run.rollout.updates
         wanted = min(round(self.options.own * size), len(self.buffer))
-        known = {problem.id: problem for problem in data.splits.train}
+        known = ById(data.splits.train)
         draws = np.random.default_rng((self.run.seed, step, 2))
         mixture = [roll.demo(problem, demo) for problem, demo in data.demos(size - wanted)]
         for i in draws.permutation(len(self.buffer))[:wanted]:

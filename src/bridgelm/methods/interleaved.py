@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bridgelm import credit
 from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.data import ById, Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -60,7 +60,7 @@ class Interleaved(Method):
         chosen = self.failed[-self.run.batch.demos * self.run.rollout.updates:]
         self.failed = []
         self.measured["interleaved/demos"] = len(chosen)
-        known = {problem.id: problem for problem in data.splits.train}
+        known = ById(data.splits.train)
         draws = np.random.default_rng((self.run.seed, step, 1))
         pairs = [(known[name], known[name].demos[draws.integers(len(known[name].demos))]) for name in chosen]
         return rows + [roll.demo(problem, demo).with_stream("nll", 1.0) for problem, demo in pairs]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bridgelm import credit, hints
 from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.data import ById, Data
 from bridgelm.methods.base import Form, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -59,7 +59,7 @@ class Relift(Method):
         if len(self.buffer) < self.size:
             return rows
         chosen, self.buffer = self.buffer[:self.size], self.buffer[self.size:]
-        self.problems = self.problems or {problem.id: problem for problem in data.splits.train}
+        self.problems = self.problems or ById(data.splits.train)
         for i, name in enumerate(chosen):
             problem = self.problems[name]
             demo = hints.pick(problem, self.run.seed, step, i)

@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.data import ById, Data
 from bridgelm.methods.base import Form, Method, descend, sft_terms
 from bridgelm.policy import Policy
 from bridgelm.rollout import Roller
@@ -105,7 +105,7 @@ def answer(row: Row) -> Answer:
 
 def taught(answers: list[Answer], data: Data) -> list[Row]:
     """As demonstrations are: at temperature 1, whatever they were drawn at."""
-    problems = {problem.id: problem for problem in data.splits.train} if answers else {}
+    problems = ById(data.splits.train) if answers else {}
     return [Row(np.array(ids, dtype=np.int64), np.arange(len(ids)) >= start, "demo", problems[name])
             .with_stream("nll", 1.0) for name, start, ids in answers]
 
