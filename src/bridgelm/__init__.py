@@ -23,16 +23,16 @@ _HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserErr
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, *, resume: str | Path | None = None,
-          quiet: bool = False) -> Run:
+          quiet: bool = False, allow_change: Sequence[str] = ()) -> Run:
     """Train as `config` says (a RunConfig, a dict of the same keys, or a TOML file), or go on with the run folder
-    `resume`."""
+    `resume`, made of what it was made of but for what `allow_change` names ("data", "config", ...)."""
     from bridgelm import training
     from bridgelm.preflight import ready
 
     if (config is None) == (resume is None):
         raise import_module("bridgelm.errors").UserError("train: give either a configuration or a run to resume")
     if resume is not None:
-        return training.resume(Path(resume), quiet=quiet)
+        return training.resume(Path(resume), quiet=quiet, allow_change=allow_change)
     assert config is not None
     return training.train(ready(_as_config(config)), quiet=quiet)
 

@@ -1,13 +1,12 @@
 """Checkpoints that are whole or absent, and never unpickled: safetensors for tensors, JSON for the rest.
 
-    RUN/checkpoints/step-000020/   everything a run needs to go on exactly; only the newest is kept
+    RUN/checkpoints/step-000020/   everything a run needs to go on exactly, with checksums; the last two are kept
     RUN/best/, RUN/final/          merged models, ordinary Hugging Face folders
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bridgelm import dist, grads
+from bridgelm import disk, dist, grads
 from bridgelm.chat import Chat
 from bridgelm.errors import UserError
 from bridgelm.metrics import read_json, write_json
 from bridgelm.policy import Policy
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+CHECKSUM = "xxh3_128"  # the manifest's key: what the checksums are
+NEEDED = {"step", "method", "data", "ledger", "best", "said", "random"}  # of the state
+KEPT = 2
 
 
 def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
@@ -38,22 +40,34 @@ def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     dist.wait()
-    about = _write_tensors(draft, policy.tensors())
-    dist.wait()
+    about, sums = _write_tensors(draft, policy.tensors())
     if dist.first():
         write_json(draft / STATE, {**state, **about, "step": step, "random": _random_state()})
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
+        write_json(draft / MANIFEST, {CHECKSUM: {**sums, STATE: disk.digest(draft / STATE)}})
+        _put(draft, target)
+        # Those of later steps are from before this run went on from an older one.
+        stay = [path for path in kept(run) if _step(path) <= step][:KEPT]
         for other in folder.iterdir():
-            if other != target:
+            if other not in stay:
                 shutil.rmtree(other, ignore_errors=True)
     dist.wait()
 
 
-def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> dict[str, Any]:
-    """This rank's file; gives what the state says of them, where there are several."""
+def _put(draft: Path, folder: Path) -> None:
+    """Takes the place of a folder as a whole, once all of it is on disk."""
+    disk.sync_tree(draft)
+    old = draft.with_name(f"{draft.name}-old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    disk.sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, str]]:
+    """This rank's file; gives what the state says of them, where there are several, and the checksums of all."""
     parted, counts = dist.parted(), grads.rows(found)
+    sums: dict[str, np.ndarray] = {}
     names = [f"tensors-{rank:05d}-of-{dist.world():05d}.safetensors" for rank in range(dist.world())]
     if parted or dist.first():
         own = {name: t.detach().cpu().clone().contiguous() for name, t in found.items()
@@ -61,10 +75,12 @@ def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> dict[str, Any]:
         own |= {"random/torch": torch.get_rng_state()} if dist.first() else {}
         path = draft / (names[dist.rank()] if parted else TENSORS)
         save_file(own, path)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+        disk.sync(path)
+        sums[path.name] = np.frombuffer(bytes.fromhex(disk.digest(path)), dtype=np.uint8)
+    sums = dist.gather(sums)
     shapes = {name: [counts[name], *t.shape[1:]] if t.ndim else [] for name, t in found.items()}
-    return {"parts": {"files": names, "shapes": shapes}} if parted else {}
+    about = {"parts": {"files": names, "shapes": shapes}} if parted else {}
+    return about, {name: found.tobytes().hex() for name, found in sums.items()}
 
 
 class Saved(Mapping[str, Tensor]):
@@ -81,13 +97,17 @@ class Saved(Mapping[str, Tensor]):
             for name in names:
                 self.where.setdefault(name, []).append(file)
 
+    def shape(self, name: str) -> list[int]:
+        """Of the whole."""
+        shapes = [file.get_slice(name).get_shape() for file in self.where[name]]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+
     def __getitem__(self, name: str) -> Tensor:
-        parts = [file.get_slice(name) for file in self.where[name]]
-        shape = parts[0].get_shape()
+        shape = self.shape(name)
         if not shape:
             return self.where[name][0].get_tensor(name)
+        parts = [file.get_slice(name) for file in self.where[name]]
         counts = [part.get_shape()[0] for part in parts]
-        shape = [sum(counts), *shape[1:]]
         assert self.shapes.get(name, shape) == shape, f"{name}: the files are not of one checkpoint"
         start, stop = (0, shape[0]) if grads.whole(name) or not dist.parted() else dist.bounds(shape[0])
         found, at = [parts[0][:0]], 0
@@ -96,6 +116,9 @@ class Saved(Mapping[str, Tensor]):
             at += count
         return torch.cat(found)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.where
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
@@ -103,9 +126,76 @@ class Saved(Mapping[str, Tensor]):
         return len(self.where)
 
 
+def kept(run: Path) -> list[Path]:
+    """All checkpoints, the newest first, whole or not."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
 def newest(run: Path) -> Path | None:
-    found = sorted((run / "checkpoints").glob("step-*/" + STATE)) if (run / "checkpoints").is_dir() else []
-    return found[-1].parent if found else None
+    return next(iter(kept(run)), None)
+
+
+def open_whole(run: Path) -> tuple[Path, dict[str, Any], str] | None:
+    """The newest checkpoint that is as it was written, with its state, and what is wrong with newer ones. None if there
+    are none; without a whole one the run is refused. All ranks come to the same."""
+    damaged: list[str] = []
+    for name in dist.from_first(lambda: [path.name for path in kept(run)]):
+        folder = run / "checkpoints" / name
+        wrong = _damage(folder)
+        if not wrong:
+            return folder, dist.from_first(lambda folder=folder: read_state(folder)), "; ".join(damaged)
+        damaged.append(f"{name}: {wrong}")
+    if damaged:
+        raise UserError(f"{run}: no checkpoint is whole ({'; '.join(damaged)}); put one back into "
+                        f"{run}/checkpoints from a copy, or remove the run folder to train anew")
+    return None
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, if anything is. The ranks share the reading."""
+    sums = dist.from_first(lambda: _sums(folder))
+    if not sums:
+        return f"{MANIFEST} is missing or damaged"
+    mine = {name: _wrong(folder / name, sums[name]) for name in sorted(sums)[dist.rank()::dist.world()]}
+    found = dist.gather({name: np.frombuffer(text.encode(), dtype=np.uint8) for name, text in mine.items() if text})
+    said = [f"{name} {found[name].tobytes().decode()}" for name in sorted(found)]
+    return ", ".join(said) or dist.from_first(lambda: _odd(folder, sums))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())[CHECKSUM]
+        return {str(name): str(found[name]) for name in found}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _wrong(path: Path, checksum: str) -> str:
+    try:
+        return "" if disk.digest(path) == checksum else "is damaged"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _odd(folder: Path, sums: Mapping[str, str]) -> str:
+    """What whole files can lack."""
+    if STATE not in sums:
+        return f"{MANIFEST} does not name {STATE}"
+    state = read_state(folder)
+    lacks = sorted(NEEDED - state.keys())
+    if lacks:
+        return f"{STATE} lacks {', '.join(lacks)}"
+    if state["step"] != _step(folder):
+        return f"{STATE} is of step {state['step']}"
+    lacks = sorted({*state.get("parts", {}).get("files", [TENSORS])} - sums.keys())
+    return f"{MANIFEST} does not name {', '.join(lacks)}" if lacks else ""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -114,12 +204,35 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> None:
     saved = Saved(checkpoint, state.get("parts", {}))
+    _check_fit(checkpoint, saved, policy)
     torch.set_rng_state(saved["random/torch"])
     policy.load(saved)
     version, numbers, gauss = state["random"]["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["random"]["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _check_fit(checkpoint: Path, saved: Saved, policy: Policy) -> None:
+    """Of the tensors to this run's: other settings make other ones."""
+    own = {name: t for name, t in policy.tensors().items() if name.startswith("group/")}
+    counts = grads.rows(own)
+    shapes = {name: [counts[name], *t.shape[1:]] if t.ndim else [] for name, t in own.items()}
+    wanted: dict[str, list[int] | None] = {**shapes}
+    for optimiser, named in policy.optimisers.items():
+        prefix = f"optim/{optimiser}/"
+        for name in (name for name in saved if name.startswith(prefix)):
+            weight, _, key = name.removeprefix(prefix).rpartition("|")
+            shape = shapes.get(f"group/{named.group}/{weight}")
+            if shape is None or key.startswith("exp_avg"):
+                wanted[name] = shape
+    for name, shape in wanted.items():
+        found = saved.shape(name) if name in saved else None
+        if shape is None or found != shape:
+            says = "is missing" if found is None else "belongs to no weight of the run" if shape is None else \
+                f"has the shape {found} in place of {shape}"
+            raise UserError(f"{checkpoint}: {name} {says}; the run goes on only with the model and the settings that "
+                            "the checkpoint was made with")
 
 
 def seed_generators(seed: int) -> None:
@@ -165,8 +278,13 @@ def _write_model(model: Any, chat: Chat, folder: Path) -> None:
         settings.temperature = settings.top_p = settings.top_k = None
     model.save_pretrained(draft)
     chat.tokenizer.save_pretrained(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    _put(draft, folder)
+
+
+def weights_of(folder: Path) -> str:
+    """The checksum of a model folder's weights; empty if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    return disk.digest_of(" ".join(disk.digest(path) for path in files)) if files else ""
 
 
 def model_folder(run: Path, which: str) -> Path:

@@ -54,6 +54,9 @@ def _add_training(commands: Any) -> None:
     train.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the run's TOML file")
     _takes_overrides(train)
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, exactly where it stopped")
+    train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                       help="with --resume: go on although this is not what the run was made of (config, data, reward, "
+                       "tokenizer, model or teacher); may be given several times")
     train.add_argument("--quiet", action="store_true", help="no progress display")
 
     compare = _command(commands, "compare", run_compare, "train what is missing of several methods, and compare them")
@@ -170,10 +173,12 @@ def _train(args: argparse.Namespace, restarted: bool = False) -> None:
             raise UserError(f"{args.resume}: not a run folder (no config.json in it)")
         from bridgelm import training
 
-        run = training.resume(args.resume, quiet=args.quiet)
+        run = training.resume(args.resume, quiet=args.quiet, allow_change=args.allow_change)
     else:
         if args.file is None:
             raise UserError("train: name a TOML file, or --resume RUN; `bridgelm init` writes a starter file")
+        if args.allow_change:
+            raise UserError("train: --allow-change goes with --resume RUN; a new run takes everything as it is")
         config = preflight.ready(load_config(args.file, args.overrides), restarted)
         from bridgelm import training
 

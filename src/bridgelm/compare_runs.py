@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from bridgelm.config import RunConfig, absolute
+from bridgelm.config import RunConfig, absolute, up_to_date
 from bridgelm.errors import UserError
 from bridgelm.metrics import METRICS, read_json, write_json
 from bridgelm.progress import RunsDisplay, RunView
@@ -102,14 +100,6 @@ class Job:
         """The end of its output."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
-
-
-def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that was written before some key existed has that key's default."""
-    try:
-        return RunConfig.model_validate(config).resolved()
-    except ValidationError:  # a key that is gone: it differs
-        return config
 
 
 def differing_key(first: dict[str, Any], second: dict[str, Any]) -> str | None:

@@ -151,6 +151,14 @@ class RunConfig(Strict):
         return self.model_dump(mode="json", by_alias=True)
 
 
+def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that was written before some key existed has that key's default."""
+    try:
+        return RunConfig.model_validate(config).resolved()
+    except ValidationError:  # a key that is gone: it differs
+        return config
+
+
 def absolute(config: RunConfig) -> RunConfig:
     """With the user's paths made absolute: a run folder is read from any directory. Names of hub and toy stay."""
     def full(path: str) -> str:

@@ -2,6 +2,7 @@
 
     config.json    the resolved configuration            run.json      versions, machine, status, memory, CPU time
     metrics.jsonl  one event a line: step, eval, warning samples.jsonl a few rollouts of some steps
+    inputs.json    what the run is made of (`inputs.py`)
     result.json    test accuracy of the final and of the best-on-validation checkpoint
 
 JSON has no NaN and no infinity. Such a metric (the gain of an empty batch, say) is written as null and read as None;
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from bridgelm import disk
 from bridgelm.config import RunConfig
 from bridgelm.errors import UserError
 from bridgelm.sinks import Sink, check_sinks, open_sinks
@@ -35,6 +38,7 @@ except ImportError:  # Windows: no guard against a second writer, and no memory 
     fcntl = resource = None
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+DRAFTS = (".*.tmp", ".*-draft*", "starts/.*-draft*", "checkpoints/.draft-*", "teacher/.*")  # what a killed run leaves
 
 
 def clean(value: Any) -> Any:
@@ -61,6 +65,7 @@ def write_json(path: Path, data: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    disk.sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -155,7 +160,10 @@ class RunFolder:
         if config is None:
             raise UserError(f"{path}: not a run folder (no config.json); `bridgelm train FILE.toml` makes one")
         check_sinks(config.get("log", {}).get("sinks", []))
-        return cls(path, config)
+        folder = cls(path, config)
+        for left in (found for pattern in DRAFTS for found in path.glob(pattern)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        return folder
 
     def append(self, event: Mapping[str, Any]) -> None:
         """One event to metrics.jsonl and the sinks. A warning that this run gave before at the same step is dropped."""
@@ -182,12 +190,20 @@ class RunFolder:
             path = self.path / name
             if not path.exists():
                 continue
+            read_lines(path)  # names a line that is damaged
             kept = [line for line in path.read_bytes().splitlines(keepends=True)
                     if line.endswith(b"\n") and line.strip() and json.loads(line).get("step", 0) <= step]
             temporary = path.with_name(f".{name}.tmp")
             temporary.write_bytes(b"".join(kept))
+            disk.sync(temporary)
             temporary.replace(path)
+        disk.sync(self.path)
         self._warned = {(e.get("step"), e.get("text")) for e in self._past() if e.get("event") == "warning"}
+
+    def sync(self) -> None:
+        """Events and samples are on disk before a checkpoint that follows them."""
+        for name in self._files:
+            disk.sync(self.path / name)
 
     def write_run_info(self, **facts: Any) -> None:
         """run.json: versions, commit, machine and what the caller knows (device, threads, parameters, ...). Also marks
@@ -266,6 +282,7 @@ class Follower(RunFolder):
     def append(self, event: Mapping[str, Any]) -> None: ...
     def sample(self, row: Mapping[str, Any]) -> None: ...
     def truncate_after(self, step: int) -> None: ...
+    def sync(self) -> None: ...
     def write_run_info(self, **facts: Any) -> None: ...
     def set_status(self, status: str, **facts: Any) -> None: ...
     def write_result(self, result: Mapping[str, Any]) -> None: ...

@@ -213,7 +213,8 @@ def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict
             qmap = key.replace("absmax", "qmap")
             optimiser.state[p][qmap] = optimiser.name2qmap[QMAPS[qmap]].to(device)  # type: ignore[attr-defined]
         elif key != "step":
-            optimiser.state[p][key] = value.to(device)
+            wide = {value.dtype, p.dtype} <= {torch.float32, torch.float64}  # a run may go on in another precision
+            optimiser.state[p][key] = value.to(device, p.dtype if wide else value.dtype)
         elif isinstance(optimiser, torch.optim.AdamW | SharedMoments):
             optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import checkpoint, dist, mismatch
+from bridgelm import checkpoint, dist, inputs, mismatch
 from bridgelm.batching import make_batch, split_rows
 from bridgelm.chat import Chat, load_chat
 from bridgelm.config import RunConfig, load_config
@@ -62,7 +63,7 @@ class Session:
     folder: RunFolder
     display: Progress
     step: int = 0  # completed
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
     stop: bool = False
     probe: Probe | None = None
@@ -96,15 +97,17 @@ def _begun(config: RunConfig, path: Path) -> bool:
     return (path / "config.json").exists() and Run(path).config == clean(config.resolved())
 
 
-def resume(path: Path, quiet: bool = False) -> Run:
-    """Goes on with a run folder from its newest checkpoint; a finished run is returned as it is."""
+def resume(path: Path, quiet: bool = False, allow_change: Collection[str] = ()) -> Run:
+    """Goes on with a run folder from its newest whole checkpoint; a finished run is returned as it is. What the run is
+    made of must be what it was, but for what `allow_change` names (a key of `inputs.KEYS` each)."""
+    inputs.check_keys(allow_change)
     with dist.joined():
         if dist.from_first(lambda: Run(path).status) == "finished":
             return Run(path)
-        return _train(load_config(Path(path) / "config.json"), Path(path), True, quiet)
+        return _train(load_config(Path(path) / "config.json"), Path(path), True, quiet, allow_change)
 
 
-def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
+def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool, allow_change: Collection[str] = ()) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     with Progress(config.name, config.steps, quiet=quiet or not dist.first()) as display:
@@ -117,9 +120,14 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool) -> Run:
         for note in splits.notes:
             display.say(note)
         with shared_verifier(config.reward) as grader, _open_folder(path, config, resumed) as folder:
-            display.state("loading the model")
+            display.state("comparing with what the run was made of" if resumed else "noting what the run is made of")
             try:
+                made_of = inputs.take(config, splits, chat) if dist.first() else {}
+                changed = _changed(path, config, made_of, allow_change, display) if resumed else {}
+                display.state("loading the model")
                 session = _session(config, data, chat, method, grader, folder, display)
+                if dist.first():
+                    inputs.keep(folder, made_of, changed, session.step)
             except BaseException:
                 if not resumed and dist.first():  # nothing was trained: the name stays free
                     folder.close()
@@ -147,6 +155,7 @@ def _open_folder(path: Path, config: RunConfig, resumed: bool) -> RunFolder:
 
 def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: Any, folder: RunFolder,
              display: Progress) -> Session:
+    saved, state, damaged = _checkpoint(folder.path, config, display)
     teacher = Teacher.of(config, chat)  # one of another tokenizer is refused before a model is loaded
     model = load_model(config.model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
@@ -155,8 +164,6 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
                     lora if config.model.lora_rank else None, Sharded if dist.part(config.shard) else Whole)
     caller = Caller(lambda: session.stop, display.say)
     engine = open_engine(config, chat, folder.path / "engine", caller)
-    saved = checkpoint.newest(folder.path)
-    state = checkpoint.read_state(saved) if saved else None
     if teacher is not None:
         teacher.keep(folder.path / "teacher", state["step"] if state else 0)
     roll = Roller(policy, engine, chat, grader, config, teacher, grader.early)
@@ -173,6 +180,9 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
         session.due, session.saved = state["due"], (state["step"], list(state["due"]))
         roll.load(state.get("ahead"))
+        _check_best(session)
+    if damaged:
+        session.event("warning", text=damaged)
     if config.diagnose.every:
         session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step,
                               "probe" not in session.due)
@@ -180,6 +190,52 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
                           ranks=dist.world(), accelerator=_accelerator(policy.device))
     dist.wait()
     return session
+
+
+def _checkpoint(path: Path, config: RunConfig, display: Progress) -> tuple[Path | None, dict[str, Any] | None, str]:
+    """Where to go on from, and a warning if that is not the newest checkpoint. A run that had one does not begin
+    again without a word."""
+    found = checkpoint.open_whole(path)
+    reached, last = dist.from_first(lambda: (Run(path).steps, Run(path).info.get("checkpoint", 0)))
+    if found is None:
+        if last or 0 < config.checkpoint_every < reached:
+            raise UserError(f"{path}: its checkpoints are gone, but the run was at step {max(reached, last)}; put one "
+                            f"back into {path}/checkpoints from a copy, or remove the run folder to train anew")
+        if reached:
+            display.say(f"stopped at step {reached}, before its first checkpoint: the run begins again")
+        return None, None, ""
+    folder, state, damaged = found
+    if state["step"] > config.steps:
+        raise UserError(f"{path}: steps = {config.steps}, but the run is at step {state['step']} already; raise steps")
+    if damaged:
+        redone = f"steps {state['step'] + 1} to {reached} are taken again" if reached > state["step"] else \
+            "no step is taken again"
+        damaged = f"a damaged checkpoint is passed over ({damaged}); the run goes on from {folder.name}, {redone}"
+    return folder, state, damaged
+
+
+def _changed(path: Path, config: RunConfig, made_of: dict[str, Any], allowed: Collection[str],
+             display: Progress) -> dict[str, str]:
+    """What is allowed to differ from what the run was made of, in words."""
+    changed = dist.from_first(lambda: inputs.compare(path, made_of, allowed))
+    versions = dist.from_first(lambda: inputs.other_versions(path, made_of))
+    if versions:
+        display.say(f"note: {versions}")
+    for text in changed.values():
+        display.say(f"allowed: {text}")
+    return changed
+
+
+def _check_best(session: Session) -> None:
+    """The best weights lie beside the checkpoints, and may be newer than the one that the run goes on from, or gone."""
+    if session.best and not _best_is_there(session):
+        session.display.say(f"{session.path}/best is not the model of step {session.best['step']} (it is newer, "
+                            "damaged or missing): the best weights are chosen anew from here on")
+        session.best = {}
+
+
+def _best_is_there(session: Session) -> bool:
+    return dist.from_first(lambda: checkpoint.weights_of(session.path / "best") == session.best["weights"])
 
 
 def _accelerator(device: torch.device) -> str | None:
@@ -302,8 +358,10 @@ def look(session: Session) -> None:
     found.pop("correct")
     session.event("eval", split="validation", **found)
     if session.step and found["accuracy"] > session.best.get("accuracy", -1.0):
-        session.best = {"step": session.step, "accuracy": found["accuracy"]}
-        checkpoint.save_model(session.policy, session.chat, session.path / "best")
+        folder = session.path / "best"
+        checkpoint.save_model(session.policy, session.chat, folder)
+        session.best = {"step": session.step, "accuracy": found["accuracy"],
+                        "weights": dist.from_first(lambda: checkpoint.weights_of(folder))}
 
 
 def probe(session: Session) -> None:
@@ -325,10 +383,11 @@ def _state(session: Session) -> dict[str, Any]:
 
 def save(session: Session) -> None:
     session.display.state("saving")
+    session.folder.sync()
     checkpoint.save(session.path, session.step, session.policy,
                     {**_state(session), "ahead": session.roll.state()})
     session.saved = session.step, list(session.due)
-    session.folder.set_status("running", **peak_device_memory())
+    session.folder.set_status("running", checkpoint=session.step, **peak_device_memory())
 
 
 def _save_once(session: Session) -> None:
@@ -350,6 +409,8 @@ def finish(session: Session) -> None:
     best = session.best.get("step")
     if best == session.step:
         result["best"] = result["final"]
+    elif best is not None and not _best_is_there(session):
+        session.event("warning", text=f"{session.path}/best is damaged or missing: only the final weights are measured")
     elif best is not None:
         named = session.config.model.model_copy(update={"name_or_path": str(session.path / "best"), "revision": None})
         result["best"] = {"step": best, **_test(session, load_model(named))}

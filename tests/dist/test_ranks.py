@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -102,6 +103,7 @@ def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-9) -> None:
             assert np.allclose(one[name].double(), two[name].double(), rtol=tolerance, atol=tolerance), name
     for state in states:
         state["ledger"].pop("seconds")
+        state["best"].pop("weights")  # a checksum of what is equal up to rounding
     for key in states[0]:
         assert close(states[0][key], states[1][key], tolerance), key
 
@@ -199,9 +201,55 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
     assert saved.name == "step-000002"
     assert len(list(saved.glob("*.safetensors"))) == (counts[0] if shard[0] and counts[0] > 1 else 1)
     metrics.write_json(run / "config.json", {**(metrics.read_json(run / "config.json") or {}), "shard": shard[1]})
-    assert on_ranks(counts[1], lambda: training.resume(run, quiet=True).status, tmp_path / "then") \
+    assert on_ranks(counts[1], lambda: training.resume(run, True, ["config"]).status, tmp_path / "then") \
         == ["finished"] * counts[1]
     assert_same_run(run, tmp_path / "whole/runs/run", tolerance)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_damage_and_changes_are_seen_on_all_ranks(shard: bool, raw: Make, tmp_path: Path) -> None:
+    """The last rank's part is damaged: all of them go on from the older checkpoint, or none goes on."""
+    config = config_of(raw, "sft", tmp_path / "run", shard=shard, checkpoint_every=1)
+    run, take_step = tmp_path / "run/runs/run", training.take_step
+
+    def stopped() -> Any:
+        def step(session: training.Session) -> Any:
+            session.stop = session.step == 2
+            return take_step(session)
+        training.take_step = step
+        training.train(config, quiet=True)
+
+    def damage(folder: Path) -> Path:
+        path = sorted(folder.glob("*.safetensors"))[-1]
+        path.write_bytes(path.read_bytes()[:-8] + b"damaged.")
+        return path
+
+    def resumed(name: str, *allowed: str) -> list[Any]:
+        return on_ranks(2, lambda: training.resume(run, True, allowed).status, tmp_path / name)
+
+    on_ranks(2, stopped, tmp_path / "first")
+    newest, older = checkpoint.kept(run)
+    bad = damage(newest)
+    assert len(list(newest.glob("*.safetensors"))) == (2 if shard else 1)
+    kept, settings = bad.read_bytes(), metrics.read_json(run / "config.json") or {}
+    metrics.write_json(run / "config.json", {**settings, "seed": 7})
+    errors = resumed("changed")
+    assert errors[0] == errors[1]
+    assert "seed was" in errors[0]["error"]
+    metrics.write_json(run / "config.json", settings)
+    good = (older / bad.name).read_bytes()
+    damage(older)
+    errors = resumed("both")
+    assert errors[0] == errors[1]
+    assert "no checkpoint is whole" in errors[0]["error"]
+    (older / bad.name).write_bytes(good)
+    assert bad.read_bytes() == kept
+    assert resumed("then") == ["finished"] * 2
+    (warning,) = (event for event in events(run) if event["event"] == "warning")
+    assert bad.name in warning["text"]
+    training.train(config_of(raw, "sft", tmp_path / "whole"), quiet=True)
+    found, wanted = (load_file(folder / "final/model.safetensors") for folder in (run, tmp_path / "whole/runs/run"))
+    assert all(np.allclose(found[name].double(), wanted[name].double(), atol=1e-9) for name in wanted)
 
 
 @pytest.mark.parametrize(("bad", "shard"), [(0, False), (1, True)])

@@ -341,7 +341,10 @@ def test_train_takes_overrides_before_and_behind_options(place: Path, work: dict
 def test_resume(place: Path, work: dict[str, Any], refuse: Callable[..., str]) -> None:
     old_run(place)
     assert main(["train", "--resume", "runs/my"]) == 0
-    assert work["resume"] == ((Path("runs/my"),), {"quiet": False})
+    assert work["resume"] == ((Path("runs/my"),), {"quiet": False, "allow_change": []})
+    assert main(["train", "--resume", "runs/my", "--allow-change", "data", "--allow-change", "config"]) == 0
+    assert work["resume"][1]["allow_change"] == ["data", "config"]
+    assert "--resume" in refuse("train", "my.toml", "--allow-change", "data")
     assert "own configuration" in refuse("train", "my.toml", "--resume", "runs/my")
     assert "own configuration" in refuse("train", "--resume", "runs/my", "steps=9")
 

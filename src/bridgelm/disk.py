@@ -1,0 +1,37 @@
+"""Files that are on disk when they say so, and known again when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import xxhash
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names. Windows cannot open a folder, and keeps its names itself."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Everything in a folder, before it is renamed to where it counts."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def digest(path: Path) -> str:
+    """128 bits of xxHash: about 10 GB/s from memory, where blake2b has 0.9 and SHA-256 1.8. It finds accidental damage
+    and changes; against somebody who forges a file it is no guard."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+
+
+def digest_of(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
