@@ -27,7 +27,7 @@ from bridgelm.policy import Policy
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKSUM = "xxh3_128"  # the manifest's key: what the checksums are
-NEEDED = {"step", "method", "data", "ledger", "best", "said", "random"}  # of the state
+NEEDED = {"step", "method", "data", "ledger", "best", "said", "due", "random"}  # of the state
 KEPT = 2
 
 

@@ -300,9 +300,8 @@ def _keep(session: Session) -> None:
         ahead = mark.pending.state() if mark.pending else None
     except Lost:
         ahead = None  # the step will draw for itself
-    session.display.state("saving")
     checkpoint.set_generators(mark.generators)  # a reward function may have drawn from them since
-    checkpoint.save(session.path, mark.step, session.policy, {**mark.state, "ahead": ahead})
+    _write(session, mark.step, {**mark.state, "ahead": ahead})
 
 
 def take_step(session: Session) -> Metrics | dict[str, Any]:
@@ -382,12 +381,15 @@ def _state(session: Session) -> dict[str, Any]:
 
 
 def save(session: Session) -> None:
+    _write(session, session.step, {**_state(session), "ahead": session.roll.state()})
+    session.saved = session.step, list(session.due)
+
+
+def _write(session: Session, step: int, state: dict[str, Any]) -> None:
     session.display.state("saving")
     session.folder.sync()
-    checkpoint.save(session.path, session.step, session.policy,
-                    {**_state(session), "ahead": session.roll.state()})
-    session.saved = session.step, list(session.due)
-    session.folder.set_status("running", checkpoint=session.step, **peak_device_memory())
+    checkpoint.save(session.path, step, session.policy, state)
+    session.folder.set_status("running", checkpoint=step, **peak_device_memory())
 
 
 def _save_once(session: Session) -> None:
