@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKSUM = "xxh3_128"  # the manifest's key: what the checksums are
 NEEDED = {"step", "method", "data", "ledger", "best", "said", "due", "random"}  # of the state
 KEPT = 2
+OURS = re.compile(r"(step|\.draft)-\d{6,}(-old)?")  # what lies in RUN/checkpoints by our hand
 
 
 def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
@@ -48,7 +50,7 @@ def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None
         # Those of later steps are from before this run went on from an older one.
         stay = [path for path in kept(run) if _step(path) <= step][:KEPT]
         for other in folder.iterdir():
-            if other not in stay:
+            if other not in stay and OURS.fullmatch(other.name):  # a copy that a user keeps has another name
                 shutil.rmtree(other, ignore_errors=True)
     dist.wait()
 
@@ -128,7 +130,8 @@ class Saved(Mapping[str, Tensor]):
 
 def kept(run: Path) -> list[Path]:
     """All checkpoints, the newest first, whole or not."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run / "checkpoints").glob("step-*")
+             if OURS.fullmatch(path.name) and path.name[5:].isdigit()]
     return sorted(found, key=_step, reverse=True)
 
 

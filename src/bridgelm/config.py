@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from bridgelm.errors import UserError
 from bridgelm.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict, parts
@@ -21,6 +21,22 @@ from bridgelm.options.teachers import TeacherConfig
 from bridgelm.variants import with_variants
 
 Count = Annotated[int, Field(ge=1)]
+LONGEST = 200  # bytes of a name: file systems take 255, and endings such as -seed0.json are put behind it
+
+
+def one_folder(name: str) -> str:
+    """A name that can only be that of a folder inside another one; else a ValueError that says why."""
+    wrong = ("is empty" if not name.strip() else "stands for another folder" if name in {".", ".."} else
+             "has a separator; `out` says where a run folder lies" if "/" in name or "\\" in name else
+             "holds a character that cannot be printed" if not name.isprintable() else
+             f"is longer than {LONGEST} bytes" if len(name.encode("utf-8", "replace")) > LONGEST else "")
+    if wrong:
+        shown = name if len(name) <= 40 else f"{name[:40]}..."
+        raise ValueError(f"{shown!r} cannot be the name of a folder: it {wrong}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(one_folder)]
 
 
 class ModelConfig(Strict):
@@ -101,7 +117,7 @@ class DiagnoseConfig(Strict):
 class RunConfig(Strict):
     """Everything that decides a run. `resolved()` of it is written to the run folder."""
 
-    name: str
+    name: Name
     out: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Count

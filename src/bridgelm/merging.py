@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,29 +38,37 @@ def merge(one: str | Path, other: str | Path, out: str | Path, weight: float = 0
     if not 0 <= weight <= 1:
         raise UserError(f"merge: weight = {weight:g} is not between 0 and 1; 0 is the first model and 1 the second")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; choose another folder")
+    _is_free(out)
     folders = [_folder(str(source), which) for source in (one, other)]
     _same_architecture(*folders)
     _same_tokenizer(*folders)
     files = _files(folders[0]), _files(folders[1])
-    draft = out.with_name(f".{out.name}-draft")
     with ExitStack() as stack:
         opened = [{str(file): stack.enter_context(safe_open(file, "pt")) for file in set(found.values())}
                   for found in files]
         _same_shapes(files, opened, folders)
-        shutil.rmtree(draft, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own, which goes again whatever happens: nobody else's is ever in the way.
+        draft = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}-draft", dir=out.parent))) / "model"
         shutil.copytree(folders[0], draft, ignore=shutil.ignore_patterns("*.safetensors", "README.md", RECORD))
         dtypes: set[torch.dtype] = set()
         for file in sorted(set(files[0].values())):
             merged = {name: _mixed(name, files, opened, weight) for name, home in files[0].items() if home == file}
             dtypes |= {t.dtype for t in merged.values() if t.is_floating_point()}
             save_file(merged, draft / file.name, metadata={"format": "pt"})
-    _settle(draft, dtypes)
-    _record(draft, out.name, (str(one), str(other)), folders, weight)
-    shutil.rmtree(out, ignore_errors=True)
-    draft.rename(out)
+        _settle(draft, dtypes)
+        _record(draft, out.name, (str(one), str(other)), folders, weight)
+        _is_free(out)
+        if out.exists():
+            shutil.copytree(draft, out, dirs_exist_ok=True)
+        else:
+            draft.rename(out)
     return out
+
+
+def _is_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; choose another folder")
 
 
 def _mixed(name: str, files: tuple[dict[str, Path], dict[str, Path]], opened: list[dict[str, Any]],

@@ -131,6 +131,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, dict(config)
+        self._made: bool | None = None  # whether `create` made the folder; None for one that `open` opened
         self._sink_names: Sequence[str] = self.config.get("log", {}).get("sinks", [])
         self._sinks: list[Sink] | None = None
         self._files: dict[str, TextIO] = {}
@@ -145,12 +146,30 @@ class RunFolder:
         path = Path(path)
         data = config.resolved() if isinstance(config, RunConfig) else dict(config)
         check_sinks(data.get("log", {}).get("sinks", []))
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: there is already a run of this name; go on with "
-                            f"`bridgelm train --resume {path}`, or choose another `name`")
-        path.mkdir(parents=True, exist_ok=True)
+        taken = UserError(f"{path}: there is already a run of this name; go on with "
+                          f"`bridgelm train --resume {path}`, or choose another `name`")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            made = True
+        except FileExistsError:
+            if not path.is_dir() or any(path.iterdir()):
+                raise taken from None
+            made = False
         write_json(path / "config.json", data)
-        return cls(path, data)
+        folder = cls(path, data)
+        folder._made = made
+        return folder
+
+    def discard(self) -> None:
+        """Takes back what `create` made, of a run that has trained nothing. A folder that was there before stays, empty
+        as it was found."""
+        self.close()
+        if self._made:
+            shutil.rmtree(self.path)
+            return
+        for entry in list(self.path.iterdir()) if self._made is False else ():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -288,6 +307,7 @@ class Follower(RunFolder):
     def write_result(self, result: Mapping[str, Any]) -> None: ...
     def write_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None: ...
     def close(self) -> None: ...
+    def discard(self) -> None: ...
 
 
 def is_locked(path: Path) -> bool:

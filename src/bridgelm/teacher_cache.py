@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,9 +29,9 @@ class Cache:
         self.folder, self.memory = folder, dict[str, np.ndarray]()
         self.where: dict[str, Path] = {}
         self.written = 0
-        for path in sorted(folder.glob("*.safetensors")) if folder else ():
-            number = path.stem.partition("-")[0]
-            keys = _keys(path) if number.isdigit() and int(number) < step else None
+        paths = sorted(folder.glob("*.safetensors")) if folder else ()
+        for path in (path for path in paths if re.fullmatch(r"\d+-\d+", path.stem)):
+            keys = _keys(path) if int(path.stem.partition("-")[0]) < step else None
             if keys is None:
                 path.unlink()
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -129,9 +128,7 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool, allow_chan
                 if dist.first():
                     inputs.keep(folder, made_of, changed, session.step)
             except BaseException:
-                if not resumed and dist.first():  # nothing was trained: the name stays free
-                    folder.close()
-                    shutil.rmtree(path)
+                folder.discard()  # nothing was trained: the name stays free
                 raise
             try:
                 _run(session)

@@ -142,6 +142,14 @@ def test_mistakes_name_the_key_and_the_fix(changes: dict[str, Any], words: list[
     assert not missing, text
 
 
+@pytest.mark.parametrize("name", ["../victim", "..", ".", "", " ", "/tmp/x", "a/b", "a\\b", "a\nb", "a\x00", "x" * 201,
+                                  "é" * 101])
+def test_a_name_stays_inside_of_out(name: str) -> None:
+    text = message(raw(name=name))
+    assert text.startswith("here.toml: name: ") and "\n" not in text, text
+    assert make_config(raw(name="x" * 200, out="../any/where")).out == "../any/where"
+
+
 def test_a_missing_table_is_named() -> None:
     data = raw()
     del data["data"]

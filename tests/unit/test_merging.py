@@ -72,6 +72,24 @@ def test_a_merged_model_opens_and_computes(pair: tuple[Path, Path], tmp_path: Pa
     assert not list(tmp_path.glob(".*draft*"))
 
 
+def test_nobody_elses_folder_is_deleted(pair: tuple[Path, Path], tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    out, other = tmp_path / "out", tmp_path / ".out-draft"
+    for folder in (out, other):
+        folder.mkdir()
+    (other / "theirs").write_text("")
+    number = out.stat().st_ino
+    merging.merge(*pair, out)
+    assert (other / "theirs").exists() and out.stat().st_ino == number and (out / "merged.json").exists()
+    late = tmp_path / "late"
+    late.mkdir()
+    monkeypatch.setattr(merging, "_settle", lambda *_: (late / "theirs").write_text(""))
+    with pytest.raises(UserError, match="late: exists and is not empty"):
+        merging.merge(*pair, late)
+    assert [path.name for path in late.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-draft", "late", "out"]
+
+
 def test_the_wider_type_wins_and_shards_stay(pair: tuple[Path, Path], tmp_path: Path) -> None:
     narrow = retyped(pair[0], tmp_path / "narrow", torch.bfloat16, shards=3)
     out = merging.merge(narrow, pair[1], tmp_path / "out", 0.25)

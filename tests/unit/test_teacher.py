@@ -261,9 +261,10 @@ def test_what_later_steps_or_a_torn_write_left_is_dropped(tmp_path: Path) -> Non
     torn = tmp_path / "teacher" / "000000-9.safetensors"
     torn.write_bytes((tmp_path / "teacher" / "000000-0.safetensors").read_bytes()[:-3])
     (tmp_path / "teacher" / "000001-8.safetensors").write_bytes(b"")
+    (tmp_path / "teacher" / "theirs.safetensors").write_bytes(b"")
     again = Cache(tmp_path / "teacher", 2)
-    assert sorted(path.name for path in (tmp_path / "teacher").iterdir()) == ["000000-0.safetensors",
-                                                                            "000001-1.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "teacher").iterdir()) == [
+        "000000-0.safetensors", "000001-1.safetensors", "theirs.safetensors"]
     found = again.get([f"{step:032x}" for step in (0, 1, 2)])
     assert {key[-1]: value.tolist() for key, value in found.items()} == {"0": [0.0], "1": [-1.0]}
     again.put(2, {f"{7:032x}": np.array([-7.0], dtype=np.float32)})

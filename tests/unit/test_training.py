@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import bridgelm
 from bridgelm import checkpoint, credit, training
 from bridgelm.errors import UserError
+from bridgelm.metrics import RunFolder
 from bridgelm.rollout import summary
 from bridgelm.types import Grade, Row, Verdict
 
@@ -121,6 +124,30 @@ def test_an_existing_run_is_refused(raw: Raw) -> None:
     assert (run.path / "metrics.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="not a run folder"):
         bridgelm.train(resume=run.path.parent, quiet=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_cannot_begin_takes_back_what_it_made_and_no_more(raw: Raw, tmp_path: Path, there: bool,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no such model")
+
+    monkeypatch.setattr(training, "load_model", fail)
+    config = bridgelm.RunConfig.model_validate(raw("sft", steps=1, out=str(tmp_path / "box")))
+    path = tmp_path / "box" / config.name
+    if there:
+        path.mkdir(parents=True)
+        number = path.stat().st_ino
+    with pytest.raises(UserError, match="no such model"):
+        training.train(config, quiet=True)
+    assert path.exists() == there and (tmp_path / "box").exists()
+    if there:
+        assert path.stat().st_ino == number and not any(path.iterdir()), "an empty folder of the user's is left alone"
+    begun = RunFolder.create(path, config)
+    begun.close()
+    with pytest.raises(UserError, match="no such model"):
+        bridgelm.train(resume=path, quiet=True)
+    assert (path / "config.json").exists(), "a run that another process began is not this one's to delete"
 
 
 def test_a_loss_that_is_not_finite_is_a_user_error(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +385,15 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(raw: Raw) -> None:
     state = checkpoint.read_state(newest)
     assert state["data"]["problems"]["taken"] == 20
     assert json.loads((newest / checkpoint.STATE).read_text())["ledger"]["rollouts"] == 80
+
+
+def test_what_a_user_keeps_among_the_checkpoints_stays(raw: Raw) -> None:
+    path = bridgelm.train(raw("sft", steps=1, checkpoint_every=1), quiet=True).path / "checkpoints"
+    kept = shutil.copytree(path / "step-000001", path / "step-000001-good")
+    policy = SimpleNamespace(tensors=dict)
+    checkpoint.save(path.parent, 2, policy, {})  # pyright: ignore[reportArgumentType]
+    assert sorted(p.name for p in path.iterdir()) == ["step-000001-good", "step-000002"]
+    assert (kept / checkpoint.STATE).exists() and checkpoint.newest(path.parent) == path / "step-000002"
 
 
 def test_a_row_is_frozen(session: Sessions) -> None:

@@ -325,6 +325,10 @@ def test_weights_are_written_in_parts(policy: Any, tmp_path: Path, monkeypatch: 
             torch.testing.assert_close(found[name], weight.detach(), rtol=0, atol=0)
     exchange.write_weights(named[:1], tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1, "none of the last time is left"
+    (tmp_path / "theirs.safetensors").write_text("")
+    exchange.write_weights(named[:1], tmp_path)
+    exchange.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.safetensors"], "only what was written here goes"
 
 
 Serve = Callable[[dict[str, Any]], tuple[str, list[tuple[str, Any]]]]

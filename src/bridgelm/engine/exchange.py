@@ -18,8 +18,7 @@ PART = 2 * 2**30  # bytes of one file: what is held twice while it is written
 def write_weights(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """As safetensors files, those of the last time replaced. Tied weights are written under each of their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.safetensors"):
-        old.unlink()
+    clear(folder)
     part: dict[str, Tensor] = {}
     size = number = 0
     for name, weight in named:
@@ -29,6 +28,13 @@ def write_weights(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         part[name] = torch.empty_like(weight, device="cpu").copy_(weight.detach())  # of its own storage, also if tied
         size += weight.nbytes
     save_file(part, folder / f"part-{number:05d}.safetensors")
+
+
+def clear(folder: Path) -> None:
+    """Deletes what the functions of this file have written, and nothing else."""
+    for pattern in ("part-*.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def write_adapter(adapter: Mapping[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype, folder: Path) -> None:

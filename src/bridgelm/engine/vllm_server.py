@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bridgelm.config import RunConfig
 from bridgelm.engine.base import Caller, Lost
-from bridgelm.engine.exchange import write_adapter, write_weights
+from bridgelm.engine.exchange import clear, write_adapter, write_weights
 from bridgelm.engine.vllm import Adapter, Answer, adapter_rank
 from bridgelm.errors import UserError
 
@@ -315,8 +315,7 @@ class Server:
 
     def close(self) -> None:
         self.closed = True
-        for file in self.folder.glob("*"):
-            file.unlink()
+        clear(self.folder)
 
     def _each(self, asked: Sequence[tuple[dict[str, Any], Callable[[bytes], Any]]]) -> list[Any]:
         name = "bridgelm" if self.adapted else self.name
