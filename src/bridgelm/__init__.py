@@ -82,15 +82,16 @@ def merge(one: str | Path, other: str | Path, out: str | Path, *, weight: float 
 
 def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3,
             jobs: int | None = None, out: str | Path | None = None, *, overrides: Sequence[str] = (),
-            quiet: bool = False) -> Path:
+            quiet: bool = False, dry_run: bool = False) -> Path | None:
     """Train what is missing of `methods` x `seeds`, all on the base's model and data, and write the comparison.
-    A method is one of `bridgelm methods`, or the name or path of a recipe beside `base`."""
+    A method is one of `bridgelm methods`, or the name or path of a recipe beside `base`. `dry_run` only prints what
+    each arm would be given."""
     from bridgelm.preflight import check_static
 
     inner = import_module("bridgelm.compare")
     for config in inner.resolve(base, methods, overrides).values():
         check_static(config)
-    return inner.compare(base, methods, seeds, jobs, out, overrides=overrides, quiet=quiet)
+    return inner.compare(base, methods, seeds, jobs, out, overrides=overrides, quiet=quiet, dry_run=dry_run)
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None) -> Path:

@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pydantic import ValidationError
+
+from bridgelm.compare_arms import BOOKKEEPING, unequal
+from bridgelm.config import RunConfig
 from bridgelm.errors import UserError
 from bridgelm.runs import Run
 from bridgelm.stats import (
@@ -109,6 +113,7 @@ class Comparison:
     budgets: dict[str, float | None]  # "rollouts", "flops": the common ones
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    unequal: Mapping[str, str] = field(default_factory=dict)  # what differs beside the method -> who has what
 
     @property
     def base(self) -> Method:
@@ -124,7 +129,8 @@ class Comparison:
                 for label, row in self.table.items()}
         runs = {method.label: {str(run.seed): str(run.path) for run in method.runs} for method in self.methods}
         return {"base": self.base.label, "runs": runs, "budgets": self.budgets, "table": rows,
-                "claims": [asdict(claim) for claim in self.claims], "notes": list(self.notes)}
+                "claims": [asdict(claim) for claim in self.claims], "notes": list(self.notes),
+                "unequal": dict(self.unequal)}
 
 
 def curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
@@ -148,10 +154,9 @@ def disagreement(first: Mapping[str, Any], second: Mapping[str, Any], sections: 
 
 def group(runs: Sequence[Run]) -> list[Method]:
     """Runs of the same configuration, seed and bookkeeping apart, in the order in which they were given."""
-    own = {"name", "out", "seed", "threads", "log", "checkpoint_every", "diagnose"}
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.items() if k not in own}, sort_keys=True)
+        key = json.dumps({k: v for k, v in run.config.items() if k not in BOOKKEEPING}, sort_keys=True)
         groups.setdefault(key, []).append(run)
     methods: list[Method] = []
     taken: dict[str, int] = {}
@@ -192,7 +197,20 @@ def analyse(runs: Sequence[Run], base: str | None = None) -> Comparison:
         methods = [first, *sorted(methods[1:], key=lambda method: -final[method.label])]
     claims = tuple(claim for figure in [*ACCURACIES, "at_rollouts", "at_flops"]
                    for claim in _claims(methods[0], methods[1:], figure))
-    return Comparison(tuple(methods), table, budgets, claims, tuple(_notes(methods)))
+    differing = _unequal(methods)
+    said = [f"Not equal: {name}: {who}." for name, who in differing.items()]
+    return Comparison(tuple(methods), table, budgets, claims, (*said, *_notes(methods)), differing)
+
+
+def _unequal(methods: Sequence[Method]) -> dict[str, str]:
+    """Of settings that are still understood; a run of an older version is told by what the caller compares besides."""
+    configs = {}
+    for method in methods:
+        try:
+            configs[method.label] = RunConfig.model_validate(method.runs[0].config)
+        except ValidationError:
+            return {"settings": f"those of {method.label} are of another version and cannot be compared"}
+    return unequal(configs)
 
 
 def common_budget(methods: Sequence[Method], axis: str) -> float | None:

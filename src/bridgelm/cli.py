@@ -69,6 +69,8 @@ def _add_training(commands: Any) -> None:
                          help="runs at the same time (default: one a core; 1 on a GPU)")
     compare.add_argument("--out", type=Path, metavar="DIR", help="where runs and report go (default runs/compare-NAME)")
     compare.add_argument("--quiet", action="store_true", help="no progress display and no table")
+    compare.add_argument("--dry-run", action="store_true",
+                         help="print what each arm is given (steps, rates, rollouts, demonstrations), and stop")
 
     evaluate = _command(commands, "eval", cli_eval.run, "measure runs or models on held-out problems or on benchmarks")
     cli_eval.takes(evaluate, _count, _names)
@@ -191,8 +193,9 @@ def run_compare(args: argparse.Namespace) -> None:
     import bridgelm
 
     page = bridgelm.compare(args.file, args.methods, args.seeds, args.jobs, args.out, overrides=args.overrides,
-                            quiet=args.quiet)
-    print(f"report: {page}")
+                            quiet=args.quiet, dry_run=args.dry_run)
+    if page is not None:
+        print(f"report: {page}")
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -205,7 +208,16 @@ def run_report(args: argparse.Namespace) -> None:
             raise UserError("report: --base and --share do not go together")
         print(report_share.act(args.runs, args.out))
         return
-    print(f"report: {bridgelm.report(args.runs, args.out, base=args.base)}")
+    print(f"report: {bridgelm.report(_run_folders(args.runs), args.out, base=args.base)}")
+
+
+def _run_folders(paths: Sequence[Path]) -> list[Path]:
+    """Of what a shell makes of runs/*, what is a run; a path to nothing is left in, to be refused by its name."""
+    other = [path for path in paths if path.exists() and not (path / "config.json").is_file()]
+    if other and len(other) < len(paths):
+        print(f"skipped, as no run folder: {', '.join(map(str, other))}", file=sys.stderr)
+        return [path for path in paths if path not in other]
+    return list(paths)
 
 
 def run_diagnose(args: argparse.Namespace) -> None:

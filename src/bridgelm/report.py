@@ -72,8 +72,8 @@ def write_figures(comparison: Comparison, folder: Path) -> dict[str, str]:
 def markdown(comparison: Comparison, title: str, figures: dict[str, str]) -> str:
     several = len(comparison.methods) > 1
     parts = [f"# {title}", f"{text.seeds_text(comparison)}, {date.today():%Y-%m-%d}. Written by `bridgelm report`."]
-    parts += [text.lead(comparison)] if several else []
     parts += [f"> {note}" for note in comparison.notes]
+    parts += [text.lead(comparison)] if several else []
     parts.append("\n".join(f"- {line}" for line in text.what_was_equal(comparison)))
     parts += ["## Results", text.markdown_table(text.result_table(comparison))]
     if several:

@@ -93,9 +93,8 @@ def _subtitle(comparison: Comparison) -> str:
 def _short(comparison: Comparison) -> str:
     warnings = "".join(f"<p>{esc(note)}</p>" for note in comparison.notes)
     out = [f'<div class="card note">{warnings}</div>'] if warnings else []
+    out += [f'<p class="lead">{esc(text.lead(comparison))}</p>'] if comparison.claims else []
     out.append(_claims(comparison) if comparison.claims else _facts(comparison))
-    if comparison.claims:
-        out.insert(0, f'<p class="lead">{esc(text.lead(comparison))}</p>')
     if len(comparison.runs) == 1:
         return f'<div class="grid">{"".join(out)}</div>'
     equal = "".join(f"<li>{esc(line)}</li>" for line in text.what_was_equal(comparison))

@@ -126,8 +126,11 @@ def what_was_equal(comparison: Comparison) -> list[str]:
     methods, base = comparison.methods, comparison.base
     configs = [run.config for run in comparison.runs]
     key = next((key for other in configs if (key := disagreement(configs[0], other))), None)
-    lines = [f"Settings: {names([*SHARED])} are the same in all runs." if key is None
-             else f"Settings: NOT the same; the runs differ in {key}."]
+    same, other = f"{names([*SHARED])} are the same in all runs", names([*comparison.unequal])
+    lines = [f"Settings: NOT the same; the runs differ in {key}." if key is not None
+             else f"Settings: {same}; NOT the same: {other} (at the top)." if other
+             else f"Settings: {same}, and so are steps, learning rates and all else but the method."
+             if len(methods) > 1 else f"Settings: {same}."]
     lines.append(f"Seeds: {seeds_text(comparison)}" + (", paired in every difference." if len(methods) > 1 else "."))
     for axis, title in (("rollouts", "Rollouts"), ("flops", "FLOPs")):
         amounts = {m.label: found.value for m in methods if (found := comparison.table[m.label][axis])}

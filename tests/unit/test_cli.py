@@ -373,8 +373,21 @@ def test_the_other_commands(place: Path, work: dict[str, Any], capsys: pytest.Ca
     assert main(["report", "a", "b", "--out", "page"]) == 0
     assert work["report"] == (([Path("a"), Path("b")], Path("page")), {"base": None})
     assert main(["compare", "my.toml", "--methods", "sft, grpo", "--seeds", "2", "--jobs", "2", "--out", "o"]) == 0
-    assert work["compare"] == ((Path("my.toml"), ["sft", "grpo"], 2, 2, Path("o")), {"overrides": [], "quiet": False})
+    assert work["compare"] == ((Path("my.toml"), ["sft", "grpo"], 2, 2, Path("o")),
+                               {"overrides": [], "quiet": False, "dry_run": False})
     assert "report: page" in capsys.readouterr().out
+
+
+def test_report_skips_what_a_shell_finds_beside_the_runs(place: Path, work: dict[str, Any],
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "recipes"):
+        Path(name).mkdir()
+    Path("a/config.json").write_text("{}")
+    Path("a.log").write_text("")
+    assert main(["report", "a", "a.log", "recipes", "--out", "page"]) == 0
+    assert work["report"][0] == ([Path("a")], Path("page"))
+    assert capsys.readouterr().err == "skipped, as no run folder: a.log, recipes\n"
+    assert main(["report", "a", "gone"]) == 0 and work["report"][0][0] == [Path("a"), Path("gone")]  # refused there
 
 
 def test_format_result_leaves_out_what_was_not_measured() -> None:

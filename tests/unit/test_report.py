@@ -24,11 +24,11 @@ from typing import Any
 import pytest
 import scipy.stats
 
-from bridgelm import compare_all, methods_info, report_levels, report_panels
+from bridgelm import compare_all, compare_arms, methods_info, report_levels, report_panels
 from bridgelm.analysis import analyse, group, judge
 from bridgelm.compare import compare, resolve, resolve_all
 from bridgelm.compare_runs import Tail
-from bridgelm.config import load_config, make_config
+from bridgelm.config import RunConfig, load_config, make_config
 from bridgelm.errors import UserError
 from bridgelm.report import report
 from bridgelm.report_panels import binned, bridge_panels
@@ -514,14 +514,79 @@ def test_compare_finds_recipes_and_methods(tmp_path):
     assert {config.optim.lr for config in found.values()} == {0.5}
     with pytest.raises(UserError, match=r"'gpro' is not a method"):
         resolve(base, ["gpro"])
-    with pytest.raises(UserError, match="'grpo' is named twice"):
-        resolve(base, ["grpo", str(tmp_path / "grpo.toml")])
+    assert list(resolve(base, ["grpo", str(tmp_path / "grpo.toml"), "bridge"])) == ["bridge", "grpo"]
+    (tmp_path / "other").mkdir()
+    text = (tmp_path / "grpo.toml").read_text()
+    for name in ("grpo", "bridge"):
+        (tmp_path / "other" / f"{name}.toml").write_text(text + "[optim]\nlr = 0.5\n")
+        with pytest.raises(UserError, match=f"'{name}' is named twice, with different settings"):
+            resolve(base, ["grpo", str(tmp_path / "other" / f"{name}.toml")])
+    with pytest.raises(UserError, match=r"'\.\./grpo' cannot be the name of a folder"):
+        resolve(base, ["../grpo"])
 
 
 def test_a_named_method_makes_as_many_rollouts_as_the_base():
     base = load_config(Path(__file__).parents[2] / "recipes/toy/cold_start.toml", ["name=mine"])
     found = resolve(base, ["joint", "cold_start"])
-    assert {name: one.steps for name, one in found.items()} == {"mine": 280, "joint": 80, "cold_start": 160}
+    assert {name: one.steps for name, one in found.items()} == {"mine": 280, "joint": 80}, "cold_start is the base"
+
+
+def test_the_file_s_own_method_is_the_base_arm_and_not_a_second_one(tmp_path, trainer):
+    """It was trained twice, and then no report was written."""
+    recipes(tmp_path).rename(tmp_path / "own.toml")
+    (tmp_path / "ready" / "bridge-seed0").rename(tmp_path / "ready" / "own-seed0")
+    page = compare(tmp_path / "own.toml", ["bridge", "grpo"], 1, 2, tmp_path / "out", quiet=True)
+    assert page is not None and calls(tmp_path / "out") == ["new grpo-seed0", "new own-seed0"]
+    assert "bridge is what own is already, so it is the arm own." in page.with_suffix(".md").read_text()
+
+
+def starter() -> RunConfig:
+    stages = [{"method": {"name": "sft"}, "steps": 25, "lr": 1e-5, "schedule": "cosine", "warmup": 0.1},
+              {"method": {"name": "grpo"}}]
+    return make_config({"name": "my", "steps": 30, "method": {"name": "sequence", "stages": stages},
+                        "model": {"name_or_path": "toy:base"}, "data": {"train": "toy:hops"},
+                        "reward": {"verifier": "toy"}, "optim": {"lr": 1e-6, "warmup": 5}})
+
+
+def test_a_named_method_has_the_file_s_rates_by_what_they_are_for():
+    configs, notes = resolve_all(starter(), ["sft", "gift", "grpo", "joint", "alternate", "cold_start"])
+    assert notes == ["cold_start is what my is already, so it is the arm my."]
+    for name in ("sft", "gift"):
+        optim = configs[name].optim
+        assert (configs[name].steps, optim.lr, optim.schedule, optim.warmup) == (25, 1e-5, "cosine", 2)
+    for name in ("grpo", "joint", "alternate"):
+        optim = configs[name].optim
+        assert (configs[name].steps, optim.lr, optim.schedule, optim.warmup) == (5, 1e-6, "constant", 5)
+    assert configs["alternate"].method.sft_lr == 1e-5  # pyright: ignore[reportAttributeAccessIssue]
+    arms = {name: compare_arms.arm(one) for name, one in configs.items()}
+    assert {arms[name].rollouts for name in ("my", "grpo", "joint", "alternate")} == {arms["my"].rollouts}
+    assert arms["joint"].imitation == "1e-06, warm-up 5 (exploration's)" and arms["grpo"].imitation == "–"
+    assert (arms["my"].steps, arms["my"].demos) == ("25 + 5", 25 * 32)
+    differ = compare_arms.unequal(configs)
+    assert list(differ) == ["steps", "learning rate of imitation", "rollouts", "demonstrations"]
+    base = make_config({**starter().resolved(), "method": {"name": "grpo"}})
+    (note,) = resolve_all(base, ["sft"])[1]
+    assert note == "sft: the file has no rate for imitation, so it is that of [optim], 1e-06."
+
+
+def test_a_dry_run_prints_the_arms_and_trains_nothing(tmp_path, capsys):
+    assert compare(starter(), ["sft", "joint"], out=tmp_path / "out", dry_run=True) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "What each arm is given" in said and "Not equal: steps: 25 + 5 for my; 25 for sft; 5 for joint." in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_differs_stands_at_the_top_and_is_not_called_equal(tmp_path):
+    runs = [write_run(tmp_path, "bridge", 0, steps=20), write_run(tmp_path, "grpo", 0, steps=20, optim={"lr": 1e-5})]
+    found = analyse([Run(path) for path in runs])
+    line = "Not equal: learning rate of exploration: 1e-06 for bridge; 1e-05 for grpo."
+    assert line in found.notes and "NOT the same: learning rate of exploration" in what_was_equal(found)[0]
+    page = report(runs, tmp_path / "page")
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert text.index(line) < text.index("bridge ends at")
+    same = [write_run(tmp_path / "same", label, 0, steps=20) for label in ("alternate", "joint")]
+    equal = analyse([Run(path) for path in same])
+    assert not equal.unequal and what_was_equal(equal)[0].endswith("and all else but the method.")
 
 
 def test_all_methods_are_compared_on_paired_data_and_those_left_out_are_named(tmp_path, monkeypatch):

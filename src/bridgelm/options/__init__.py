@@ -28,8 +28,8 @@ from bridgelm.options.offline import DftOptions, FdivSftOptions, GiftOptions, Rf
 from bridgelm.options.shaping import PairShuffle, Shaping
 from bridgelm.options.teachers import KdrlOptions, PearOptions
 
-__all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "LowRank", "MethodOptions", "PolicyGradient", "Rate", "SequenceOptions",
-           "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts"]
+__all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "COLD_START", "LowRank", "MethodOptions", "PolicyGradient", "Rate",
+           "SequenceOptions", "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
