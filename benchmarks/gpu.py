@@ -124,16 +124,17 @@ def model_of(size: str, device: Any, checkpointing: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
+    from bridgelm.loading import checkpoint_layers
+
     torch.manual_seed(0)
     ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
     config = Qwen2Config(**shape(size), **ids, max_position_embeddings=32768)
     with device:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    return model.train(checkpointing)
+    return model.eval()
 
 
 def limits(device: Any, size: int) -> dict[str, float]:

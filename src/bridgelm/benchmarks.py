@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from bridgelm import benchmark_scores, benchmark_tables, suites
-from bridgelm.chat import Chat, load_chat, model_path
+from bridgelm.chat import Chat, load_chat
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import ModelConfig, load_config
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model, pick_device
 from bridgelm.metrics import git_commit, versions, write_json
+from bridgelm.model_shapes import model_path
 from bridgelm.prompts import PromptFormat, prompt_format
 from bridgelm.runs import read_json
 from bridgelm.suites import Items, Suite

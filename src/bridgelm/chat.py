@@ -19,23 +19,11 @@ import numpy as np
 
 from bridgelm.config import ModelConfig
 from bridgelm.errors import UserError
+from bridgelm.model_shapes import Positions, model_path, sizes_of
 from bridgelm.types import Demo, Message, Problem
 
 # Tokenizer classes that are nothing but their tokenizer.json. They are opened directly: AutoTokenizer imports torch.
 GENERIC_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
-TOY = "toy:"
-
-
-def model_path(name: str, section: str = "model") -> str:
-    """A model's folder or hub name; `toy:base` and `toy:teacher` are the folders that travel in the package."""
-    if not name.startswith(TOY):
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    from bridgelm import toy
-
-    try:
-        return str(toy.model_path(name.removeprefix(TOY)))
-    except ValueError as error:
-        raise UserError(f"{section}.name_or_path: {name!r}: {error}") from None
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -58,6 +46,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         except OSError as error:
             raise UserError(f"{section}.chat_template: {model.chat_template} cannot be read "
                             f"({error.strerror})") from None
+    _check_vocabulary(tokenizer, model)
     if not tokenizer.chat_template:
         raise UserError(f"{section}.name_or_path: the tokenizer of {path!r} has no chat template; point "
                         f"{section}.chat_template at a Jinja file")
@@ -66,7 +55,18 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 def load_chat(model: ModelConfig) -> Chat:
     """Tokenizer, system prompt and the model's own end tokens together."""
-    return Chat(load_tokenizer(model), model.system_prompt, generation_eos(model), model.section)
+    from bridgelm.model_shapes import Positions
+
+    return Chat(load_tokenizer(model), model.system_prompt, generation_eos(model), model.section, Positions.of(model))
+
+
+def _check_vocabulary(tokenizer: Any, model: ModelConfig) -> None:
+    rows = sizes_of(model).get("vocab_size")
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if rows is not None and last >= rows:
+        raise UserError(f"{model.section}.name_or_path: the tokenizer of {model.name_or_path!r} numbers its tokens up "
+                        f"to {last} ({token!r}), and the model's vocabulary has {rows}; save the model after "
+                        f"resize_token_embeddings({last + 1}), or put the tokenizer that it was trained with beside it")
 
 
 def generation_eos(model: ModelConfig) -> tuple[int, ...]:
@@ -107,8 +107,8 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str | None = None, eos_ids: Iterable[int] = (),
-                 section: str = "model"):
-        self.tokenizer, self.section = tokenizer, section
+                 section: str = "model", positions: Positions | None = None):
+        self.tokenizer, self.section, self.positions = tokenizer, section, positions
         self.system_prompt = system_prompt
         self.pad_id: int = tokenizer.pad_token_id
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

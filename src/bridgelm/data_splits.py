@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bridgelm import methods_info
 from bridgelm.config import RunConfig
 from bridgelm.data_schema import check_fields, to_problem
 from bridgelm.data_sources import read
@@ -177,7 +178,38 @@ def check_lengths(splits: Splits, chat: Chat, cfg: RunConfig) -> Splits:
             raise UserError(f"data.{role}: nothing is left within the token limits; raise data.max_prompt_tokens or "
                             "data.max_demo_tokens")
         kept[role] = tuple(rows)
+        notes += _beyond_positions(role, rows, chat, cfg)
     return Splits(**kept, notes=tuple(notes))
+
+
+def _beyond_positions(role: str, problems: Sequence[Problem], chat: Chat, cfg: RunConfig) -> list[str]:
+    """An error or a note, where a prompt and what is written behind it may be longer than the model has positions."""
+    if chat.positions is None or not problems:
+        return []
+    trained = role in {"train", "demos"}
+    limit, key = cfg.rollout.max_new_tokens, "rollout.max_new_tokens"
+    if not trained and cfg.eval.max_new_tokens:
+        limit, key = cfg.eval.max_new_tokens, "eval.max_new_tokens"
+    elif trained and not methods_info.sampling_steps(cfg):
+        limit = 0  # demonstrations alone
+    if cfg.data.max_prompt_tokens + max(limit, cfg.data.max_demo_tokens if trained else 0) <= chat.positions.count:
+        return []
+
+    def most(problem: Problem) -> int:
+        traces = [len(chat.demo_ids(problem, demo)[0]) for demo in problem.demos if trained]
+        return max(len(chat.prompt_ids(problem)) + limit, *traces, 0)
+
+    sizes = [most(problem) for problem in problems]
+    size = max(sizes)
+    if size <= chat.positions.count:
+        return []
+    longest = problems[sizes.index(size)]
+    said = (f"data.{role}: {longest.id!r} may have {size} tokens (prompt and answer), and the model has "
+            f"{chat.positions.count} positions")
+    if not chat.positions.end:
+        return [f"{said}: it was not trained to read further"]
+    raise UserError(f"{said}; lower {key}, data.max_prompt_tokens or data.max_demo_tokens (data.overlong = \"drop\" "
+                    "leaves longer rows out), or take a model with more positions")
 
 
 def _short_demos(problem: Problem, chat: Chat, cfg: RunConfig) -> tuple[Demo, ...]:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from bridgelm import stats
-from bridgelm.chat import Chat, load_chat, model_path
+from bridgelm.chat import Chat, load_chat
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import RunConfig, load_config
 from bridgelm.data import check_lengths, load_splits
 from bridgelm.engine import Engine, NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.loading import load_model
+from bridgelm.model_shapes import model_path
 from bridgelm.rollout import Grader, check_errors
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify import build_verifier

@@ -11,10 +11,12 @@ from pydantic import ValidationError
 
 from bridgelm import __version__
 from bridgelm.benchmarks import resolve, weights_digest
-from bridgelm.chat import load_chat, model_path
+from bridgelm.chat import load_chat
 from bridgelm.config import ModelConfig
 from bridgelm.errors import UserError
-from bridgelm.loading import pick_device
+from bridgelm.loading import open_whole, pick_device
+from bridgelm.model_files import check_finite
+from bridgelm.model_shapes import model_path
 
 try:
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
@@ -31,10 +33,22 @@ OURS = ("dtype", "chat_template", "system_prompt", "revision", "attention")  # k
 NOT_CHOSEN = "cuda:0"  # what the harness says where the user named no device
 
 
+class Whole:
+    """In the place of AutoModelForCausalLM: a model that is part random, or not finite, is refused."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        model = open_whole(path, **options)
+        check_finite(model.named_parameters(), f"model.name_or_path: {path!r}")
+        return model
+
+
 @register_model("bridgelm")
 class BridgeLM(HFLM):
     """HFLM with the prompts, end tokens and data type that the model was trained with. `model` is a run folder, a
     Hugging Face folder or hub name, or `toy:base`; settings that are not of [model] are HFLM's own."""
+
+    AUTO_MODEL_CLASS = Whole
 
     def __init__(self, model: str, which: str = "final", device: str | None = None, **settings: Any) -> None:
         config, facts = resolve(str(model), which)

@@ -19,14 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bridgelm.chat import load_tokenizer, model_path
+from bridgelm.chat import load_tokenizer
 from bridgelm.checkpoint import model_folder
 from bridgelm.config import ModelConfig
 from bridgelm.errors import UserError
 from bridgelm.metrics import read_json, write_json
+from bridgelm.model_files import INDEX, check_finite, check_index
+from bridgelm.model_shapes import model_path
 
 RECORD = "merged.json"
-INDEX = "model.safetensors.index.json"
 # Of a model's config.json: what says how it was saved, and not what it computes.
 SAVING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "eos_token_id",
           "pad_token_id", "bos_token_id"}
@@ -75,6 +76,8 @@ def _mixed(name: str, files: tuple[dict[str, Path], dict[str, Path]], opened: li
            weight: float) -> Tensor:
     """Exact at either end; in between rounded once, to the wider type of the two."""
     a, b = (where[str(found[name])].get_tensor(name) for found, where in zip(files, opened, strict=True))
+    for found, t in zip(files, (a, b), strict=True):
+        check_finite([(name, t)], f"merge: {found[name]}")
     if not a.is_floating_point():
         return a
     kind = torch.promote_types(a.dtype, b.dtype)
@@ -91,6 +94,7 @@ def _folder(source: str, which: str) -> Path:
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise UserError(f"{source}: neither a run nor a model folder with config.json and *.safetensors; download a "
                         "model of a hub first, and give its folder")
+    check_index(path)
     return path
 
 

@@ -167,8 +167,6 @@ def _decoded(model: Any, drawing: Drawing, temperature: float) -> list[int]:
     ids = torch.zeros(drawing.prompts, drawing.prompt, dtype=torch.long)
     pad = torch.ones(ids.shape, dtype=torch.bool)
     pad[0, 0] = drawing.prompts == 1  # else not all are as long
-    training = model.training
-    model.eval()
     with fused_attention(), alive:
         decoder = make_decoder(model, drawing.answer)
         logits = decoder.prefill(ids, pad)
@@ -181,5 +179,4 @@ def _decoded(model: Any, drawing: Drawing, temperature: float) -> list[int]:
         _draw(logits, temperature, uniform)
         _draw(decoder.step(torch.zeros(drawing.rows, dtype=torch.long)), temperature, uniform)
         lap()
-    model.train(training)
     return laps

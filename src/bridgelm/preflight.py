@@ -8,10 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bridgelm import methods_info
-from bridgelm.chat import TOY, model_path
 from bridgelm.config import ModelConfig, RunConfig, absolute, stage_steps
 from bridgelm.data_sources import FORMS, HUB
 from bridgelm.errors import UserError
+from bridgelm.model_files import check_index
+from bridgelm.model_shapes import TOY, model_path
 from bridgelm.options import SequenceOptions
 from bridgelm.options.optim import NO_LIBRARY
 from bridgelm.options.teachers import TeacherConfig
@@ -94,6 +95,7 @@ def _check_model_folder(section: str, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{section}.name_or_path: {folder} has no *.safetensors file; other formats can run code when "
                         "they are loaded and are refused: save the model again with safe serialisation")
+    check_index(folder, section)
 
 
 def _check_template(section: str, path: Path) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bridgelm.chat import model_path
 from bridgelm.config import ModelConfig
+from bridgelm.model_shapes import model_path
 
 PIECE = 2**16  # bytes looked at in each place of a file of weights
 

@@ -18,6 +18,7 @@ from bridgelm.config import RunConfig, load_config
 from bridgelm.data import Data, check_lengths, load_splits
 from bridgelm.engine import Caller, Lost, Origin, open_engine
 from bridgelm.engine.ahead import Pending
+from bridgelm.engine.decoders import check_cache
 from bridgelm.errors import UserError
 from bridgelm.evaluation import measure
 from bridgelm.held import Sharded, Whole
@@ -155,6 +156,8 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     saved, state, damaged = _checkpoint(folder.path, config, display)
     teacher = Teacher.of(config, chat)  # one of another tokenizer is refused before a model is loaded
     model = load_model(config.model)
+    if config.rollout.engine == "native":
+        check_cache(model)
     ledger = Ledger(sum(p.numel() for p in model.parameters()))
     lora = (config.model.lora_rank, config.model.lora_alpha, config.model.lora_modules)
     policy = Policy(model, config.optim, ledger, config.batch.micro_tokens, config.seed,

@@ -432,9 +432,9 @@ def test_parse_keeps_the_order_of_overrides() -> None:
 def test_corrupt_weights_are_a_user_error(tmp_path):
     import shutil
 
-    from bridgelm.chat import model_path
     from bridgelm.config import ModelConfig
     from bridgelm.loading import load_model
+    from bridgelm.model_shapes import model_path
 
     folder = tmp_path / "model"
     shutil.copytree(model_path("toy:base"), folder)

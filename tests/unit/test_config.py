@@ -249,7 +249,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 
 
 def test_a_home_folder_is_expanded_and_mps_is_refused(monkeypatch):
-    from bridgelm.chat import model_path
+    from bridgelm.model_shapes import model_path
     from bridgelm.preflight import check_static
 
     monkeypatch.setenv("HOME", "/somewhere")

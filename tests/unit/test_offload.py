@@ -44,8 +44,11 @@ def micro_of(seed: int = 0) -> Micro:
 
 
 def gradients(folder: Path, packed: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, list[Tensor]]:
-    model = load_model(ModelConfig(name_or_path=str(folder), device="cpu", **options))
+    seen = storage.to_host
     with monkeypatch.context() as patch:
+        patch.setattr(storage, "to_host", lambda t: t)
+        model = load_model(ModelConfig(name_or_path=str(folder), device="cpu", **options))
+        patch.setattr(storage, "to_host", seen)
         if not packed:
             patch.setattr(forward, "packs", lambda model: False)
         live = forward.forward(model, micro_of(), entropy=True)

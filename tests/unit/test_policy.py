@@ -272,7 +272,6 @@ def test_saving_memory_does_not_change_gradients(policy: MakePolicy, checkpointi
     plain = policy().grad(terms, batch, {"nll": 1.0}, entropy=True)
     monkeypatch.setattr(forward, "CHUNK", chunk)
     made = policy(checkpointing=checkpointing)
-    assert any(getattr(m, "gradient_checkpointing", False) for m in made.model.modules()) == checkpointing
     found = made.grad(terms, batch, {"nll": 1.0}, entropy=True)
     assert found.losses["nll"] == pytest.approx(plain.losses["nll"], rel=1e-12)
     for key, g in plain.theta.items():

@@ -38,16 +38,16 @@ FILES = sorted(SRC.rglob("*.py"))
 # A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
 LAYERS = [
     ["types", "errors", "disk", "options", "variants", "config"],
-    ["toy", "chat", "prompts", "data", "data_*", "suites", "contamination", "verify", "dist", "teacher_ids",
-     "teacher_cache"],
+    ["toy", "model_shapes", "model_files", "methods_info", "chat", "prompts", "data", "data_*", "suites",
+     "contamination", "verify", "dist", "teacher_ids", "teacher_cache"],
     ["ledger", "packing", "batching", "forward", "loading", "grads", "groups", "held", "optim", "storage", "offload",
      "engine", "weights", "policy", "teacher"],
     ["credit", "losses", "mismatch", "cooperation", "hints", "rollout"],
     ["methods"],
     ["stats", "sinks", "metrics", "inputs", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
      "benchmark_*", "harness", "probe", "training", "training_*", "demonstrations"],
-    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "methods_info", "preflight",
-     "planning", "planning_*", "model_shapes"],
+    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "preflight",
+     "planning", "planning_*"],
     ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
 ]
 FREE = {"__init__", "__main__"}  # the package's front door reaches everything, lazily

@@ -46,8 +46,10 @@ def row_of(ids: list[int], prompt: int, **changes: Any) -> Row:
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 def edited(tiny_folder: Callable[..., Path], folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The tiny model's folder with another tokenizer.json."""
+    """The tiny model's folder with another tokenizer.json, and a vocabulary with spare rows."""
     shutil.copytree(tiny_folder(), folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**sizes, "vocab_size": 40}))
     path = folder / "tokenizer.json"
     settings = json.loads(path.read_text())
     change(settings)

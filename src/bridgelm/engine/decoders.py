@@ -7,12 +7,15 @@ and `step`, and returns next-token logits (B, V). Rows are chosen on the host, s
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from bridgelm.errors import UserError
 
 
 class Decoder(Protocol):
@@ -125,8 +128,17 @@ def _room(x: Tensor, room: int) -> Tensor:
     return out
 
 
+def check_cache(model: Any) -> None:
+    """State-space and recurrent models carry another state than keys and values, which knows nothing of padding."""
+    if "past_key_values" not in signature(type(model).forward).parameters:
+        raise UserError(f"model.name_or_path: a {type(model).__name__} keeps no cache of keys and values, so the "
+                        "native engine cannot draw answers from it; take a model with attention, or another "
+                        "rollout.engine")
+
+
 class ModelDecoder:
     def __init__(self, model: Any) -> None:
+        check_cache(model)
         self.model = model
         self.cache: Any = None
         self.mask_BT = torch.empty(0)

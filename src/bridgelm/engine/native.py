@@ -15,7 +15,9 @@ from torch import Tensor
 
 from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
 from bridgelm.engine.decoders import Decoder, filled, make_decoder
+from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
+from bridgelm.model_shapes import table_of_positions
 from bridgelm.types import Completion
 
 BLOCK = 256  # tokens of the vocabulary that are summed before the running sum
@@ -34,15 +36,10 @@ class NativeEngine:
         model = origin.model
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         made: dict[int, Completion] = {}
-        training = model.training
-        model.eval()  # under gradient checkpointing the model is in training mode, where Hugging Face keeps no cache
-        try:
-            for start in range(0, len(order), self.max_rows):
-                chosen = order[start:start + self.max_rows]
-                found = self._decode(model, [requests[i] for i in chosen], sampling, ledger, chosen, done)
-                made.update(zip(chosen, found, strict=True))
-        finally:
-            model.train(training)
+        for start in range(0, len(order), self.max_rows):
+            chosen = order[start:start + self.max_rows]
+            found = self._decode(model, [requests[i] for i in chosen], sampling, ledger, chosen, done)
+            made.update(zip(chosen, found, strict=True))
         return [made[i] for i in range(len(requests))]
 
     def start(self, origin: Origin, requests: Sequence[Request],
@@ -60,6 +57,7 @@ class NativeEngine:
                 numbers: list[int], done: Done | None) -> list[Completion]:
         device = next(model.parameters()).device
         limit = sampling.max_new_tokens
+        _check_positions(model, requests, limit)
         decoder = make_decoder(model, limit)
         logits_BV, prompt_tokens = self._prefill(decoder, requests, device)
         uniform_RT = (np.stack([np.random.default_rng(r.seed).random(limit) for r in requests])
@@ -112,6 +110,15 @@ class NativeEngine:
         rows = np.array(which)
         decoder.select(rows)
         return logits_BV[torch.from_numpy(rows).to(device)], sum(len(p) for p in prompts)
+
+
+def _check_positions(model: Any, requests: Sequence[Request], limit: int) -> None:
+    """Before a row runs into the end of a table of positions."""
+    count = table_of_positions(model.config)
+    longest = max(len(r.prompt) + (limit if r.room is None else min(limit, r.room)) for r in requests)
+    if count is not None and longest > count:
+        raise UserError(f"model.name_or_path: a prompt and its answer may have {longest} tokens, and the model has "
+                        f"{count} positions; allow fewer new tokens (max_new_tokens) or take shorter prompts")
 
 
 class _Written:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from bridgelm import dist
-from bridgelm.chat import Chat, model_path
+from bridgelm.chat import Chat
 from bridgelm.config import RunConfig
 from bridgelm.engine.base import Done, Origin, Request, Sampling, spent, stopped
 from bridgelm.engine.exchange import write_adapter
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
+from bridgelm.model_shapes import model_path
 from bridgelm.options import parts
 from bridgelm.types import Completion
 
