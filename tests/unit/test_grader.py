@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies
 
 from bridgelm.cli import main
 from bridgelm.errors import UserError
@@ -80,7 +81,8 @@ EQUAL = {
     "equations": [("4", "x = 4"), ("x=4", "4"), ("2x+4y-3=0", r"y=-\frac{1}{2}x+\frac{3}{4}"),
                   ("x^2/4+y^2/3=1", "x^2/16+y^2/12=1/4"),
                   ("y = 2x+3", "2x+3"), ("(p,q)=(3,2)", "(3,2)"), ("25", "x^2+y^2=25"), ("11", r"x\approx 11"),
-                  ("f(x)=x", "y = x"),
+                  ("f(x)=x", "y = x"), ("f(x)=2x", "g(x) = 2x"), ("f^{-1}(x)=2x", "y=2x"), ("W(n)=1", "W(x)=1"),
+                  (r"\cos x=1/2", r"\cos(x)=0.5"),
                   ("a^2+b^2=c^2", "c^2=a^2+b^2"), ("|AB|=1", "1")],
     "others": [("17_8", "17 base 8"), ("17_8", r"17_{\text{eight}}"), ("x=1, y=2", "(x,y)=(1,2)"),
                ("x=1, y=2", "(1, 2)"),
@@ -116,6 +118,9 @@ DIFFERENT = {
     "sets": [("[0,1)", "(0,1)"), ("(0,1)", "(0,1.5)"), ("x<1", "x>1"), ("(-1,1)", "(-1,1]"), (r"x\ne 2", r"x\ne 3"),
              (r"(1,2)\cup(3,4)", "(1,4)"), (r"(-1,0)\cup(0,1)", "(-1,1)")],
     "equations": [("2x+z=1", "1"), ("0", "a+3z=b"), ("x=3", "y=3"), ("1", "x^2=1"), ("3x-y+13=0", "3x+4y+14=0"),
+                  (r"\cos(x)=\frac{42}{59}", r"\sin(x)=\frac{42}{59}"), ("f(x)=2x", "f(y)=2x"), ("f(2)=0", "f(3)=0"),
+                  ("f(2)=5", "g(2)=5"), ("P(A)=0.5", "P(B)=0.5"), ("f'(x)=2x", "f(x)=2x"), ("f^{-1}(x)=2x", "g(x)=2x"),
+                  ("x(y+1)=0", "x(y-1)=0"), (r"\log(x)=2", r"\ln(x)=2"),
                   (r"F_n=\sum_{k=0}^{n-1}F_kF_{n-k-1}", r"F_n=\sum_{k=0}^{n-2}F_kF_{n-k-2}")],
     "others": [("12:00", "1:00"), ("(1,3)", "1 to 3"), ("3:1", "1 to 3"),
                (r"1:2:3:\ldots", r"1:4:9:\ldots"), ("3:4", "4:3"), ("4210_7", "4210_8"),
@@ -145,6 +150,16 @@ def test_equal(gold, text):
 @pytest.mark.parametrize(("gold", "text"), cases(DIFFERENT) + cases(FOUND_BY_SEARCH))
 def test_different(gold, text):
     assert not judge(spell(gold), spell(text))[0]
+
+
+NAMES = ["x", "t", "AB", r"\theta", "f(x)", "g(x, y)", "f(2)", "f(3)", "f'(x)", "f^{-1}(x)", "P(A)", "P(B)", r"\sin(x)",
+         r"\cos(x)", r"\ln(x)", r"\cos(t)", r"\text{area}"]
+
+
+@given(strategies.sampled_from(NAMES), strategies.sampled_from(NAMES), strategies.fractions(-9, 9, max_denominator=60))
+def test_assignments_to_two_names_are_two_answers(left, right, value):
+    gold, text = rf"{left} = \frac{{{value.numerator}}}{{{value.denominator}}}", f"{right} = {value}"
+    assert judge(spell(gold), spell(text))[0] == (left == right)
 
 
 def test_every_gold_of_the_tables_equals_itself_and_a_verdict_names_its_rule():

@@ -85,9 +85,12 @@ def _relations(g: Shape, p: Shape) -> str:
     if g.text == p.text and len(g.parts) == len(p.parts) and _all_equal(g.parts, p.parts):
         return "relation"
     if set(g.text.split()) | set(p.text.split()) <= {"=", r"\in"}:
-        names = [skeleton(side.parts[0].text) for side in (g, p)]
-        if all(is_name(side.parts[0].text) for side in (g, p)) and _same_name(*names):
-            return equal(g.parts[-1], p.parts[-1]) and "assignment"
+        names = [side.parts[0].text for side in (g, p)]
+        if all(map(is_name, names)):
+            if _same_name(g, p):
+                return equal(g.parts[-1], p.parts[-1]) and "assignment"
+            if all(CALL.fullmatch(skeleton(name)) for name in names):
+                return ""  # no products of letters: f(2) = 0 is no multiple of f(3) = 0
         return _proportional(g, p)
     left, right = sets.as_pieces(g), sets.as_pieces(p)
     if left is not None and right is not None and _subject(g) == _subject(p):
@@ -95,9 +98,29 @@ def _relations(g: Shape, p: Shape) -> str:
     return _proportional(g, p)
 
 
-def _same_name(left: str, right: str) -> bool:
-    """One name, or f(x) and y: what a function is called does not count."""
-    return left == right or all("(" in name or name == "y" for name in (left, right))
+CALL = re.compile(r".+\(\w+(?:,\w+)*\)")
+RULE = re.compile(r"[a-zA-Z]\(([a-z](?:,[a-z])*)\)")  # a function by its rule
+
+
+def _same_name(g: Shape, p: Shape) -> bool:
+    """One name. What a rule is called does not count, so f(x), g(x) and y are one; a value such as f(2) or P(A), and a
+    function that everybody knows, are what they say. A lone y stands for each of them."""
+    left, right = (skeleton(side.parts[0].text) for side in (g, p))
+    if left == right:
+        return True
+    if "y" in (left, right):
+        return "(" in left + right
+    rules = [RULE.fullmatch(name) for name in (left, right)]
+    if rules[0] is None or rules[1] is None:
+        return False
+    ours, theirs = (rule[1].split(",") for rule in rules if rule)
+    constant = not any(_letters(side.parts[-1]) & {*ours, *theirs} for side in (g, p))  # W(x) = 1 and W(n) = 1
+    return ours == theirs or (constant and len(ours) == len(theirs))
+
+
+def _letters(shape: Shape) -> set[str]:
+    found = set(re.findall(r"[a-z]", re.sub(r"\\[a-zA-Z]+", " ", shape.text)))
+    return found.union(*map(_letters, shape.parts))
 
 
 def _subject(shape: Shape) -> str:
