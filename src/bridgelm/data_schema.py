@@ -47,6 +47,7 @@ def to_problem(source: Source, fields: Mapping[str, str]) -> Problem:
         # Columns recognised under a foreign name stay: a reward function written for TRL or verl looks for them.
         columns={name: value for name, value in row.items() if name not in used},
         conversational=conversational,
+        place=place,
     )
 
 

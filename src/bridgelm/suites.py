@@ -36,8 +36,8 @@ class Suite(Strict):
     gold: str | None = None
     prompt: str = "boxed"
     verifier: Literal["math", "countdown", "knights", "exact", "regex", "toy"] = "math"
-    extract: list[Literal["tags", "boxed", "phrase", "bare", "last"]] = Field(
-        default=["tags", "boxed", "phrase", "bare", "last"], min_length=1)
+    extract: list[Literal["tags", "boxed", "hashes", "phrase", "bare", "last"]] = Field(
+        default=["tags", "boxed", "hashes", "phrase", "bare", "last"], min_length=1)
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_new_tokens: Count = 5000  # the paper's
     samples: Annotated[int, Field(ge=0)] = 0

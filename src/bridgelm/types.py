@@ -48,6 +48,7 @@ class Problem:
     difficulty: float | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     conversational: bool = False  # the row gave messages, so reward functions get messages and not strings
+    place: str = field(default="", compare=False)  # file and line of its row
 
     @property
     def prompt(self) -> str:

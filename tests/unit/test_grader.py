@@ -301,8 +301,9 @@ def test_knights_and_knaves(answer, right):
 def test_a_broken_puzzle_is_an_error():
     judged = puzzles.PuzzleJudge(puzzles.knights)
     for truth in ("", "{}", json.dumps({"names": ["A"], "statements": "(('maybe', 0),)"})):
-        assert judged.decide([truth], ["<answer>A is a knight</answer>"])[0].verdict is Verdict.ERROR
-    assert "cannot be read" in judged.last_error
+        decision = judged.decide([truth], ["<answer>A is a knight</answer>"])[0]
+        assert decision.verdict is Verdict.ERROR
+        assert "cannot be read" in decision.rule
 
 
 def test_patterns_match_whole_answers_within_the_limit():

@@ -386,6 +386,119 @@ def test_faults_are_counted_and_told(functions, tmp_path):
         assert "database is down" in verifier.last_error
 
 
+FAULTY = '''
+import sys
+
+def leaves(completions, **kwargs):
+    sys.exit(0)
+
+def interrupts(completions, **kwargs):
+    raise KeyboardInterrupt
+
+def text(completions, **kwargs):
+    return "1" * len(completions)
+
+def table(completions, **kwargs):
+    return {i: 1.0 for i, _ in enumerate(completions)}
+
+def unordered(completions, **kwargs):
+    return set(completions)
+
+async def later(completions, **kwargs):
+    return [1.0 for c in completions]
+
+def nothing(completions, **kwargs):
+    pass
+
+def long(completions, **kwargs):
+    return [1.0] * 3
+
+def lazy(completions, **kwargs):
+    for c in completions:
+        yield 1 / len(c[:0])
+
+class Stop(BaseException):
+    pass
+
+def stops(completions, **kwargs):
+    raise Stop("enough")
+
+def words(completions, **kwargs):
+    return ["1", 1.0]
+
+def infinite(completions, **kwargs):
+    return [float("-inf"), 1.0]
+
+def huge(completions, **kwargs):
+    return [10**400, 1.0]
+
+def silent(completions, **kwargs):
+    return [None, 1.0]
+'''
+
+
+@pytest.mark.parametrize(("name", "line", "says", "failed"), [
+    ("leaves", 5, "it called sys.exit(0)", 2),
+    ("interrupts", 8, "raised KeyboardInterrupt, and nobody pressed Ctrl-C", 2),
+    ("text", 10, "returned '11' (str), not a list of 2 rewards", 2),
+    ("table", 13, "(dict), not a list of 2 rewards", 2),
+    ("unordered", 16, "(set), not a list of 2 rewards", 2),
+    ("later", 19, "(coroutine), not a list of 2 rewards", 2),
+    ("nothing", 22, "returned None (NoneType), not a list of 2 rewards", 2),
+    ("long", 25, "returned 3 rewards for 2 completions", 2),
+    ("lazy", 30, "ZeroDivisionError", 2),
+    ("stops", 36, "Stop: enough", 2),
+    ("words", 38, "returned '1' (str) as a reward, which is no number", 1),
+    ("infinite", 41, "returned -inf as a reward, which is no finite number", 1),
+    ("huge", 44, "OverflowError", 2),
+    ("silent", 47, "returned None, which is no opinion", 1),
+])
+def test_a_fault_names_function_line_sample_and_what_is_wrong(tmp_path, name, line, says, failed):
+    path = tmp_path / "faulty.py"
+    path.write_text(FAULTY)
+    problem = task("a")
+    with build_verifier(RewardConfig(verifier="none", functions=[f"{path}:{name}"])) as verifier:
+        grades = verifier.grade([problem, problem], ["x" * 300, "y"])
+        fault = verifier.last_error
+    assert [grade.verdict for grade in grades] == [Verdict.ERROR, Verdict.ERROR if failed == 2 else Verdict.CORRECT]
+    for part in (f"reward function {name} ({path}", "problem 'p', completion 'xxx", says):
+        assert part in fault
+    assert f"line {line})" in fault or name == "huge"
+    assert "x" * 100 not in fault
+
+
+def test_ctrl_c_within_a_reward_function_is_the_users(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("import os, signal\ndef f(completions, **kwargs):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                    "    return [1.0 for _ in completions]\n")
+    made = build_verifier(RewardConfig(verifier="none", functions=[f"{path}:f"]))
+    with made, pytest.raises(KeyboardInterrupt):
+        made.grade([task("a")], ["a"])
+
+
+def test_what_a_function_changes_or_prints_reaches_nobody_else(tmp_path, capsys):
+    path = tmp_path / "careless.py"
+    path.write_text("def f(prompts, completions, marks, **kwargs):\n    print('looking')\n"
+                    "    found = [float(len(m)) for m in marks]\n    marks[0].append(1)\n    prompts[0][0].clear()\n"
+                    "    completions.clear()\n    return found\n")
+    problem = Problem("p", ({"role": "user", "content": "q"},), "a", columns={"marks": [3]}, conversational=True)
+    with build_verifier(RewardConfig(verifier="none", functions=[f"{path}:f"] * 2)) as verifier:
+        for _ in range(2):
+            assert [grade.reward for grade in verifier.grade([problem] * 2, ["a", "b"])] == [2.0, 2.0]
+    assert problem.columns == {"marks": [3]}
+    assert problem.messages == ({"role": "user", "content": "q"},)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("looking") == 4
+    assert err.count("prints; what it prints goes to standard error") == 1
+
+
+def test_a_file_that_leaves_while_it_is_loaded_is_named(tmp_path):
+    (tmp_path / "script.py").write_text("import sys\ndef f(completions): return []\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="cannot be loaded: SystemExit"):
+        build_verifier(RewardConfig(verifier="none", functions=[f"{tmp_path / 'script.py'}:f"]))
+
+
 @pytest.mark.parametrize(("spec", "says"), [
     ("rewards.py", "write it as path/to/file.py:function"),
     ("nowhere.py:f", "does not exist"),

@@ -17,7 +17,7 @@ from bridgelm.config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.decision import Decision
 from bridgelm.verify.early import Judge as Early
-from bridgelm.verify.functions import RewardFunction, load_function
+from bridgelm.verify.functions import RewardFunction, load_function, said
 from bridgelm.verify.grading import Task, build_judge
 
 
@@ -43,8 +43,6 @@ class Judge(Protocol):
 
     @property
     def counts(self) -> Counter[str]: ...
-    @property
-    def last_error(self) -> str: ...
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]: ...
     def close(self) -> None: ...
 
@@ -79,11 +77,29 @@ class Combined:
         assert len(problems) == len(texts), "one problem for each text"
         if not problems:
             return []
-        verdicts = [found.verdict for found in self._judge.judged(problems, texts)] if self._judge else None
+        judged = self._judge.judged(problems, texts) if self._judge else None
+        decisions: Sequence[Decision | None] = judged or [None] * len(texts)
         scores = [function(problems, texts) for function in self._functions]
-        grades = [self._combine(verdicts[i] if verdicts else None, [s[i] for s in scores]) for i in range(len(texts))]
+        grades = [self._combine(decision and decision.verdict, [s[i] for s in scores])
+                  for i, decision in enumerate(decisions)]
         self._count(grades)
+        failed = next((i for i, grade in enumerate(grades) if grade.verdict is Verdict.ERROR), None)
+        if failed is not None:
+            self.last_error = self._fault(decisions[failed], [s[failed] for s in scores],
+                                          said(problems[failed], texts[failed]))
         return grades
+
+    def _fault(self, decision: Decision | None, scores: list[float | None], where: str) -> str:
+        """Why a completion has no verdict."""
+        if decision is not None and decision.verdict is Verdict.ERROR:
+            return f"{decision.rule} ({where})"
+        for function, score in zip(self._functions, scores, strict=True):
+            if score is not None and math.isnan(score):
+                return function.last_error
+        if any(score is not None for score in scores):
+            return f"the weighted sum of the rewards {scores} is no finite number ({where})"
+        names = " and ".join(function.place for function in self._functions)
+        return f"{names} returned None, which is no opinion, and reward.verifier = 'none' has none either ({where})"
 
     def _combine(self, verdict: Verdict | None, scores: list[float | None]) -> Grade:
         given = [(weight, score) for weight, score in zip(self._weights, scores, strict=True) if score is not None]
@@ -104,8 +120,6 @@ class Combined:
         if self._judge:
             totals.update({kind: n - totals[kind] for kind, n in self._judge.counts.items()})
         self.counts = totals
-        faults = [self._judge.last_error if self._judge else "", *(function.last_error for function in self._functions)]
-        self.last_error = next((fault for fault in faults if fault), "")
 
     @property
     def early(self) -> Early | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from bridgelm.types import Problem, Verdict
 from bridgelm.verify.decision import Decision
-from bridgelm.verify.extract import anchored, boxed, last_line, outside_think, tagged
+from bridgelm.verify.extract import anchored, boxed, hashes, last_line, outside_think, tagged
 from bridgelm.verify.pool import Pool
 
 
@@ -19,11 +19,12 @@ def normalise(text: str) -> str:
     return text.strip("$* ").rstrip(". ")
 
 
-FINDERS = {"tags": tagged, "boxed": boxed, "phrase": anchored, "last line": last_line}
+FINDERS = {"tags": tagged, "boxed": boxed, "hashes": hashes, "phrase": anchored, "last line": last_line}
 
 
 def prediction(text: str) -> tuple[str | None, str]:
-    """What <answer> tags hold, else the last box, else what follows "the answer is", else the last line."""
+    """What <answer> tags hold, else the last box, else what stands behind ####, else what follows "the answer is",
+    else the last line."""
     text = outside_think(text)
     for how, find in FINDERS.items():
         if (found := find(text)) is not None:
@@ -36,21 +37,16 @@ class ExactJudge:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.last_error = ""
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
-        found = self.decide([problem.answer or "" for problem in problems], texts)
-        for problem, decision in zip(problems, found, strict=True):
-            if decision.verdict is Verdict.ERROR:
-                self.last_error = f"problem {problem.id!r} has no answer to compare with"
-        return found
+        return self.decide([problem.answer or "" for problem in problems], texts)
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
         return [self._decision(gold, text) for gold, text in zip(golds, texts, strict=True)]
 
     def _decision(self, gold: str, text: str) -> Decision:
         found, how = prediction(text)
-        if not (gold := normalise(gold)):
+        if not (gold := normalise(hashes(gold) or gold)):
             return Decision(Verdict.ERROR, found, how, "the gold answer is empty")
         same = found is not None and normalise(found) == gold
         return Decision(Verdict.CORRECT if same else Verdict.WRONG, found, how, "same words" if same else "other words")
@@ -75,10 +71,6 @@ class RegexJudge:
     @property
     def counts(self) -> Counter[str]:
         return Counter({"exhausted": self._pool.counts["exhausted"], "cached": self._pool.counts["cached"]})
-
-    @property
-    def last_error(self) -> str:
-        return self._pool.last_error
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         return self.decide([problem.answer or "" for problem in problems], texts)

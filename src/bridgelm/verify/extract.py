@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-Rule = Literal["tags", "boxed", "phrase", "bare", "last"]
+Rule = Literal["tags", "boxed", "hashes", "phrase", "bare", "last"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 THINK = re.compile(r"</?think>")
@@ -18,6 +18,7 @@ SPECIAL = re.compile(r"<\|[a-z_]{2,20}\|>(?:user|assistant|system)?")
 BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
 TAGS = re.compile(r"<answer>((?:(?!</?answer>)[\s\S])*)</answer>", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+HASHES = re.compile(r"^[ \t]*####[ \t]*([^\n#][^\n]*)\Z", re.MULTILINE)  # the last line of GSM8K's solutions
 BARE = re.compile(r"[^\s$\\{}]+")
 # "The answer is", "**Answer:**", "Final answer\n"
 ANCHOR = re.compile(r"(?:final\s+answer|\banswer)\**\s*(?:is|was|are|:|=|\n)\s*:?\s*\**\s*:?", re.IGNORECASE)
@@ -167,6 +168,13 @@ def anchored(text: str) -> str | None:
     return (rest[: stop.start()] if stop else rest).strip(" *") or None
 
 
+def hashes(text: str) -> str | None:
+    """What stands behind #### in the last line. In other lines it is a heading."""
+    text = text.rstrip()
+    found = HASHES.match(text, text.rfind("\n") + 1)
+    return answer_of(found.group(1).strip()) if found else None
+
+
 def phrase(text: str) -> str | None:
     """The answer within the sentence that announces it."""
     found = anchored(text)
@@ -254,5 +262,6 @@ def _content(found: re.Match[str]) -> str:
     return next(group for group in found.groups() if group is not None).strip()
 
 
-FINDERS = {"tags": lambda text, cut: tagged(text), "boxed": boxes, "phrase": lambda text, cut: phrase(text),
-           "bare": lambda text, cut: bare(text), "last": lambda text, cut: last(text)}
+FINDERS = {"tags": lambda text, cut: tagged(text), "boxed": boxes, "hashes": lambda text, cut: hashes(text),
+           "phrase": lambda text, cut: phrase(text), "bare": lambda text, cut: bare(text),
+           "last": lambda text, cut: last(text)}

@@ -1,13 +1,22 @@
-"""The user's reward functions: `file.py:name` with TRL's signature `f(prompts, completions, **columns)`."""
+"""The user's reward functions: `file.py:name` with TRL's signature `f(prompts, completions, **columns)`.
+
+They are users' code in our process: what they raise, sys.exit() included, is a fault of theirs, what they print goes to
+standard error, and what they change of their arguments are copies.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
 import inspect
 import itertools
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +24,147 @@ from bridgelm.errors import UserError
 from bridgelm.types import Problem
 
 _NUMBERS = itertools.count()  # two files may have the same stem
+SHORT = 80  # characters of what a message quotes
+
+
+class WrongReturn(Exception):
+    """What a function returned is no list of rewards."""
 
 
 class RewardFunction:
-    """Calls the function as TRL would. Whatever it raises is a fault of the whole call: nan for every completion."""
+    """Calls the function as TRL would. Whatever it raises is a fault of the whole call: nan for every completion. A
+    reward that is no finite number is a fault of its completion alone."""
 
     def __init__(self, function: Callable[..., Any], name: str):
         self._function, self._name = function, name
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        self._file = code.co_filename if code else name.rpartition(":")[0]
+        self.place = self._at(code.co_firstlineno if code else None)
         self.last_error = ""
         parameters = inspect.signature(function).parameters.values()
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters}
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+        place = self.place
+        arguments = self._arguments(problems, texts)
         try:
-            return self._checked(self._function(**self._arguments(problems, texts)), len(texts))
-        except Exception as error:  # user code may raise anything; the run counts it and stops above a set rate
-            self.last_error = f"reward function {self._name}: {type(error).__name__}: {error}"
-            return [math.nan] * len(texts)
+            with interrupts() as pressed, contextlib.redirect_stdout(Prints(sys.stdout, self.place)):  # type: ignore[type-var]
+                scores = listed(self._function(**arguments), len(texts))  # which runs it, if it is a generator
+                return [self._number(score, problem, text)
+                        for score, problem, text in zip(scores, problems, texts, strict=True)]
+        except WrongReturn as error:
+            fault = str(error)
+        except SystemExit as error:
+            place = self._where(error)
+            fault = f"it called sys.exit({error.code!r}), and can only return rewards: raise an error instead"
+        except KeyboardInterrupt as error:
+            if pressed() or type(error) is not KeyboardInterrupt:  # ours says which run was stopped
+                raise
+            place, fault = self._where(error), "it raised KeyboardInterrupt, and nobody pressed Ctrl-C"
+        except BaseException as error:  # user code may raise anything; the run counts it and stops above a set rate
+            place, fault = self._where(error), f"{type(error).__name__}: {error}"
+        more = f", the first of the {len(texts)} of its call" if len(texts) > 1 else ""
+        self.last_error = f"{place}: {fault} ({said(problems[0], texts[0])}{more})"
+        return [math.nan] * len(texts)
+
+    def _number(self, score: Any, problem: Problem, text: str) -> float | None:
+        """A reward as a float, None for no opinion, and nan for a fault."""
+        if score is None:
+            return None
+        if isinstance(score, str | bytes) or not hasattr(score, "__float__") or getattr(score, "ndim", 0):
+            fault = f"it returned {short(repr(score))} ({type(score).__name__}) as a reward, which is no number"
+        elif not math.isfinite(number := float(score)):
+            fault = f"it returned {number} as a reward, which is no finite number; return None for no opinion"
+        else:
+            return number
+        self.last_error = f"{self.place}: {fault} ({said(problem, text)})"
+        return math.nan
+
+    def _at(self, line: int | None) -> str:
+        at = f", line {line}" if line else ""
+        return f"reward function {self._name.rpartition(':')[2]} ({self._file}{at})"
+
+    def _where(self, error: BaseException) -> str:
+        """The function, at the last line of its own file that was run."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._file]
+        return self._at(lines[-1]) if lines else self.place
 
     def _arguments(self, problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, list[Any]]:
+        """Copies of its own for each call and completion: what it changes is seen by nobody else."""
         columns = {name: [p.columns.get(name) for p in problems] for name in _names(problems)}
         columns["answer"] = [p.answer for p in problems]
         columns.setdefault("difficulty", [p.difficulty for p in problems])
         columns["prompts"] = [[*p.messages] if p.conversational else p.prompt for p in problems]
         columns["completions"] = [[{"role": "assistant", "content": text}] if p.conversational else text
                                   for p, text in zip(problems, texts, strict=True)]
-        return {name: values for name, values in columns.items() if self._takes_all or name in self._names}
+        return {name: [copy.deepcopy(value) for value in values] for name, values in columns.items()
+                if self._takes_all or name in self._names}
 
-    def _checked(self, scores: Any, count: int) -> list[float | None]:
-        scores = list(scores)
-        if len(scores) != count:
-            raise ValueError(f"returned {len(scores)} rewards for {count} completions")
-        return [None if score is None else float(score) for score in scores]
+
+def listed(scores: Any, count: int) -> list[Any]:
+    """The rewards that a function returned, in order: texts and tables are none."""
+    if isinstance(scores, str | bytes | Mapping | Set) or not hasattr(scores, "__iter__"):
+        if inspect.iscoroutine(scores):
+            scores.close()
+        raise WrongReturn(f"it returned {short(repr(scores))} ({type(scores).__name__}), not a list of {count} rewards")
+    scores = list(scores)
+    if len(scores) != count:
+        raise WrongReturn(f"it returned {len(scores)} rewards for {count} completions")
+    return scores
+
+
+def short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHORT else text[:SHORT - 3] + "..."
+
+
+def said(problem: Problem, text: str) -> str:
+    """Which sample a fault is about."""
+    place = f" at {problem.place}" if problem.place else ""
+    return f"problem {problem.id!r}{place}, completion {short(text)!r}"
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed within. Signals come to the main thread alone."""
+    before = signal.getsignal(signal.SIGINT)
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False
+        return
+
+    def handler(number: int, frame: Any) -> Any:
+        pressed.append(number)
+        return before(number, frame)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Prints:
+    """Standard output while a function runs. What its thread prints goes to standard error, so that results and the
+    display stay whole; what others print (the display does, now and then) goes its way."""
+
+    def __init__(self, stdout: Any, place: str) -> None:
+        self._stdout, self._place, self._thread = stdout, place, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self._thread:
+            return self._stdout.write(text)
+        if self._place not in _PRINTING:
+            _PRINTING.add(self._place)
+            sys.stderr.write(f"{self._place} prints; what it prints goes to standard error:\n")
+        return sys.stderr.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
+
+
+_PRINTING: set[str] = set()  # functions that were said to print
 
 
 def _names(problems: Sequence[Problem]) -> list[str]:
@@ -71,7 +188,7 @@ def load_function(spec: str) -> RewardFunction:
     sys.path.insert(0, folder)  # the user's helpers lie beside the file
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's: whatever it raises while loading, they are told where
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises, they are told where
         del sys.modules[module.__name__]
         raise UserError(f"reward.functions: {path} cannot be loaded: {type(error).__name__}: {error}") from None
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bridgelm.types import Problem, Verdict
 from bridgelm.verify.decision import Decision
-from bridgelm.verify.extract import RULES, Rule, find
+from bridgelm.verify.extract import RULES, Rule, find, is_prose
 from bridgelm.verify.number import exact
 from bridgelm.verify.pool import Outcome, Pool
 
@@ -27,10 +27,6 @@ class MathJudge:
     def counts(self) -> Counter[str]:
         counts = self._pool.counts
         return Counter({"exhausted": counts["exhausted"], "cached": counts["cached"], "at_a_glance": self._glance})
-
-    @property
-    def last_error(self) -> str:
-        return self._pool.last_error
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         return self.decide([problem.answer or "" for problem in problems], texts)
@@ -67,15 +63,20 @@ class MathJudge:
 
 
 def gold_answer(gold: str) -> str:
-    """A gold answer may itself be a solution with a box, cut or not."""
-    answer, _ = find(gold, ("tags", "boxed", "phrase", "bare") if len(gold) > 80 else ("boxed",), cut=False)
+    """A gold answer may itself be a solution, with a box, cut or not, or with #### before its answer."""
+    long = len(gold) > 80 or "\n" in gold.strip()
+    rules: Sequence[Rule] = ("tags", "boxed", "hashes", "phrase", "bare") if long else ("boxed", "hashes")
+    answer, _ = find(gold, rules, cut=False)
     return gold if answer is None else answer
 
 
 def at_a_glance(gold: str, answer: str | None, how: str) -> Decision | None:
-    """Missing answers, plain numbers and equal strings."""
+    """Missing answers, golds that nothing can equal, plain numbers and equal strings."""
     if not gold.strip():
         return Decision(Verdict.ERROR, answer, how, "the gold answer is empty")
+    if "\n" in gold.strip() and is_prose(gold):
+        return Decision(Verdict.ERROR, answer, how, "the gold answer is a text of several lines without a \\boxed{}, a "
+                                                    "#### or an \"answer is\" that says where its answer stands")
     if answer is None or not answer.strip():
         return Decision(Verdict.WRONG, answer, how, "no answer")
     if len(gold) > SHORT or len(answer) > SHORT:

@@ -140,7 +140,6 @@ class Pool:
                  paths: Sequence[str] = ()):
         self.size = size or max(1, min(8, os.cpu_count() or 1))
         self.counts: Counter[str] = Counter()
-        self.last_error = ""
         self._arguments = [target, str(cpu_seconds), str(memory_mb)]
         self._limit = 1000 * cpu_seconds
         self._wall = WALL_FLOOR + WALL_FACTOR * cpu_seconds
@@ -184,9 +183,7 @@ class Pool:
             self.counts["cached"] += asked - len(fresh)
             for key, outcome in fresh.items():
                 self.counts["exhausted"] += outcome.exhausted
-                if outcome.error:
-                    self.last_error = outcome.error  # may be a passing trouble of the machine: tried again next time
-                else:
+                if not outcome.error:  # which may be a passing trouble of the machine: tried again next time
                     self._cache[key] = outcome
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)

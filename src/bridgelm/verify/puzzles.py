@@ -33,7 +33,6 @@ class PuzzleJudge:
     def __init__(self, check: Callable[[Any, str], Checked]) -> None:
         self._check = check
         self.counts: Counter[str] = Counter()
-        self.last_error = ""
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         return self.decide([ground_truth(problem) for problem in problems], texts)
@@ -47,8 +46,8 @@ class PuzzleJudge:
             truth = json.loads(gold)
             right, rule = self._check(truth, answer) if answer is not None else (False, "no answer")
         except (ValueError, KeyError, TypeError, SyntaxError) as error:
-            self.last_error = f"the ground truth {gold[:80]!r} cannot be read: {type(error).__name__}: {error}"
-            return Decision(Verdict.ERROR, answer, how, self.last_error)
+            fault = f"the ground truth {gold[:80]!r} cannot be read: {type(error).__name__}: {error}"
+            return Decision(Verdict.ERROR, answer, how, fault)
         return Decision(Verdict.CORRECT if right else Verdict.WRONG, answer, how, rule)
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ from bridgelm.verify.decision import Decision
 class ToyJudge:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.last_error = ""
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
         from bridgelm import toy
