@@ -69,7 +69,7 @@ def bring(wheels: Path, site: Path) -> None:
 def measure(args: argparse.Namespace, folder: Path, deadline: float) -> None:
     import torch
 
-    from bridgelm.metrics import git_commit, versions
+    from bridgelm.runs.folder import git_commit, versions
 
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --tiny tries the command on a CPU")
@@ -108,7 +108,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def shape(size: str) -> dict[str, Any]:
-    from bridgelm.model_shapes import shapes
+    from bridgelm.data.model_shapes import shapes
 
     return SMALL if size == "tiny" else shapes()[f"Qwen/Qwen2.5-{size}"][1]
 
@@ -124,7 +124,7 @@ def model_of(size: str, device: Any, checkpointing: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
-    from bridgelm.loading import checkpoint_layers
+    from bridgelm.model.loading import checkpoint_layers
 
     torch.manual_seed(0)
     ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
@@ -221,29 +221,30 @@ def take(found: dict[str, Any], size: str, label: str, method: dict[str, Any], l
     """Two steps of a method as a run takes them; the second is timed."""
     import torch
 
-    from bridgelm import planning, training
-    from bridgelm.config import make_config
+    from bridgelm.config.run_config import make_config
+    from bridgelm.planning import needs
+    from bridgelm.training import loop
     from tiny import open_session
 
     config = make_config(raw(label, method, load, device, folder))
     if device.type == "cuda":
         real = config.model_copy(update={"model": config.model.model_copy(
             update={"name_or_path": f"Qwen/Qwen2.5-{size}"})})
-        need, there = planning.memory(real).peak, torch.cuda.get_device_properties(device).total_memory
+        need, there = needs.memory(real).peak, torch.cuda.get_device_properties(device).total_memory
         if need > 0.95 * there:
             found["skipped"].append({"size": size, "what": label, "why": f"{need / 1e9:.0f} GB of {there / 1e9:.0f}"})
             return
         torch.cuda.reset_peak_memory_stats()
-    kept = training.load_model
-    training.load_model = lambda model: model_of(size, device, model.gradient_checkpointing)
+    kept = loop.load_model
+    loop.load_model = lambda model: model_of(size, device, model.gradient_checkpointing)
     try:
         session = open_session(config, exact=False)
-        training.take_step(session)
+        loop.take_step(session)
         before = session.policy.ledger.state()
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        metrics = training.take_step(session)
+        metrics = loop.take_step(session)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -252,7 +253,7 @@ def take(found: dict[str, Any], size: str, label: str, method: dict[str, Any], l
         session.folder.close()
         session.roll.grader.close()
     finally:
-        training.load_model = kept
+        loop.load_model = kept
     update = seconds - metrics["time/rollout"]
     flops = 6 * session.policy.ledger.parameters * worked["train"]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

@@ -20,7 +20,7 @@ from pages import fill
 
 from bridgelm.types import Verdict
 from bridgelm.verify.decision import Decision
-from bridgelm.verify.math import MathJudge
+from bridgelm.verify.math.grader import MathJudge
 from bridgelm.verify.pool import Pool
 
 HERE = Path(__file__).parent

@@ -154,7 +154,7 @@ def search(judge: Callable[[list[str], list[str]], list[bool]], minutes: float, 
 
 def main() -> None:
     from bridgelm.types import Verdict
-    from bridgelm.verify.math import MathJudge
+    from bridgelm.verify.math.grader import MathJudge
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)

@@ -269,7 +269,7 @@ def generate(seed: int) -> Iterator[Case]:
 
 def main() -> None:
     from bridgelm.types import Verdict
-    from bridgelm.verify.math import MathJudge
+    from bridgelm.verify.math.grader import MathJudge
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)

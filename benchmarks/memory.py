@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from pages import fill
 
-from bridgelm import batching, planning, toy
-from bridgelm.config import RunConfig, load_config, make_config
-from bridgelm.metrics import git_commit, versions
-from bridgelm.planning_alive import Alive
-from bridgelm.planning_passes import Drawing, Work, largest, row_of
+from bridgelm.config.run_config import RunConfig, load_config, make_config
+from bridgelm.data import toy
+from bridgelm.model import batching
+from bridgelm.planning import needs
+from bridgelm.planning.alive import Alive
+from bridgelm.planning.passes import Drawing, Work, largest, row_of
+from bridgelm.runs.folder import git_commit, versions
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "toy"
@@ -170,18 +172,18 @@ def standing_tensors(policy: Any) -> Iterator[torch.Tensor]:
 
 def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests"))
-    from bridgelm import training
+    from bridgelm.training import loop
     from tiny import open_session
 
     alive = Alive()
     with alive.host_apart():
         session = open_session(config, exact=False)
-        training.take_step(session)
+        loop.take_step(session)
         alive.follow(standing_tensors(session.policy))
         standing = alive.now
         with Watch(alive, session.roll.engine) as watch:
-            training.take_step(session)
-            training._measure(session, session.data.splits.validation[:config.eval.problems], 0)
+            loop.take_step(session)
+            loop._measure(session, session.data.splits.validation[:config.eval.problems], 0)
     session.folder.close()
     session.roll.grader.close()
     return {**watch.peaks, "standing": standing}, watch.work()
@@ -213,7 +215,7 @@ def main() -> None:
                 continue
             config = config_of(*point, Path(folder))
             found, work = measure(config)
-            need = planning.memory(config, work=work_of(work))
+            need = needs.memory(config, work=work_of(work))
             row = {**dict(zip(("shape", "method", "kind"), point, strict=True)), "parameters": need.parameters,
                    **{f"measured {phase}": round(found[phase] / need.parameters, 2) for phase in PHASES},
                    **planned(need)}
@@ -227,7 +229,7 @@ def main() -> None:
     write_page(rows)
 
 
-def planned(need: planning.Need) -> dict[str, float]:
+def planned(need: needs.Need) -> dict[str, float]:
     return {f"planned {phase}": round(getattr(need, phase) / need.parameters, 2) for phase in PHASES}
 
 
@@ -235,7 +237,7 @@ def planned_anew(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in SHAPES.items():
             write_config(Path(folder) / name, shape)
-        return [row | planned(planning.memory(config_of(*point_of(row), Path(folder)), work=work_of(row["work"])))
+        return [row | planned(needs.memory(config_of(*point_of(row), Path(folder)), work=work_of(row["work"])))
                 for row in rows]
 
 
@@ -250,7 +252,7 @@ def goals() -> list[str]:
                 "model": {"name_or_path": name, "dtype": "bfloat16", "gradient_checkpointing": True,
                           "lora_rank": 16 * adapters},
                 "data": {"train": "none.jsonl", "demos": "none.jsonl"}, "reward": {"verifier": "exact"}})
-            need = planning.memory(config)
+            need = needs.memory(config)
             found = need.train / need.parameters
             start = base.setdefault((adapters, name), found)
             cells.append(f"{found:.1f}, {found / start - 1:+.1%}")

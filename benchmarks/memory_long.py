@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from pages import fill
 
-from bridgelm import forward
-from bridgelm.batching import collate
-from bridgelm.config import ModelConfig
-from bridgelm.loading import prepared
-from bridgelm.metrics import git_commit, versions
-from bridgelm.planning_alive import Alive
-from bridgelm.planning_passes import row_of
+from bridgelm.config.run_config import ModelConfig
+from bridgelm.model import forward
+from bridgelm.model.batching import collate
+from bridgelm.model.loading import prepared
+from bridgelm.planning.alive import Alive
+from bridgelm.planning.passes import row_of
+from bridgelm.runs.folder import git_commit, versions
 
 ROOT = Path(__file__).parents[1]
 WHOLE = 2**62

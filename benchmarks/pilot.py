@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridgelm.config import RunConfig, load_config
+from bridgelm.config.run_config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "pilot"
@@ -225,7 +225,7 @@ def run(planned: Sequence[Job], jobs: int) -> None:
 
 
 def train_one(config: RunConfig) -> dict[str, Any]:
-    from bridgelm.training import resume, train
+    from bridgelm.training.loop import resume, train
 
     path, started = Path(config.out) / config.name, time.process_time()
     found = resume(path, quiet=True) if (path / "config.json").exists() else train(config, quiet=True)

@@ -18,9 +18,17 @@ import numpy as np
 from pages import fill
 from pilot import REGIMES, RESULTS, STEPS, late, rows, setting_of
 
-from bridgelm.report_plots import PALETTE
-from bridgelm.runs import Run
-from bridgelm.stats import Estimate, at_budget, equivalence, holm, mean_height, mean_interval, paired_difference
+from bridgelm.analysis.stats import (
+    Estimate,
+    at_budget,
+    equivalence,
+    holm,
+    mean_height,
+    mean_interval,
+    paired_difference,
+)
+from bridgelm.reports.plots import PALETTE
+from bridgelm.runs.reader import Run
 
 MARGIN = 0.025
 EVERY = "mean of the cells"

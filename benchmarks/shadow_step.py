@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bridgelm import optim, training
-from bridgelm.config import load_config
-from bridgelm.policy import Policy
+from bridgelm.config.run_config import load_config
+from bridgelm.model import optim
+from bridgelm.model.policy import Policy
+from bridgelm.training import loop
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "results" / "shadow_step.json"
@@ -44,7 +45,7 @@ def watch(settings: list[str]) -> dict[str, list[dict[str, float]]]:
             f"steps={STEPS}", f"optim.lr={LR}", "optim.warmup=0", "eval.every=0", f"out={folder}", *settings])
         Policy.apply = watched  # type: ignore[method-assign]
         try:
-            training.train(config, quiet=True)
+            loop.train(config, quiet=True)
         finally:
             Policy.apply = apply  # type: ignore[method-assign]
     return found

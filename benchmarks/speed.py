@@ -29,7 +29,7 @@ import speed_model
 import speed_page
 from speed_curves import price, scaling
 
-from bridgelm.metrics import git_commit, versions
+from bridgelm.runs.folder import git_commit, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "results" / "speed.json"

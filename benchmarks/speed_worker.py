@@ -30,8 +30,8 @@ def reward(prompts: Any, completions: list[Any], **columns: Any) -> list[float]:
 # -- whole steps -----------------------------------------------------------------------------------------------------
 
 def our_step(spec: dict[str, Any]) -> Iterator[Found]:
-    from bridgelm import training
-    from bridgelm.config import make_config
+    from bridgelm.config.run_config import make_config
+    from bridgelm.training import loop
     from tiny import open_session
 
     folder = Path(spec["folder"])
@@ -52,7 +52,7 @@ def our_step(spec: dict[str, Any]) -> Iterator[Found]:
     session.roll.settle = settled
     while True:
         begun, before = time.process_time(), session.policy.ledger.state()
-        session.event("step", **training.take_step(session))
+        session.event("step", **loop.take_step(session))
         after = session.policy.ledger.state()
         yield {"training": time.process_time() - at[0], "gathering": at[0] - begun,
                **{key: after[key] - before[key] for key in ("generate", "score", "train", "rollouts")}}

@@ -18,8 +18,8 @@ from typing import Any
 
 from pages import fill
 
-from bridgelm.compare import compare
-from bridgelm.metrics import git_commit, versions
+from bridgelm.comparisons.compare import compare
+from bridgelm.runs.folder import git_commit, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "study"

@@ -36,13 +36,13 @@ import trl.trainer.utils
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from bridgelm import credit
-from bridgelm.batching import make_batch
-from bridgelm.config import OptimConfig, make_config
+from bridgelm.config.run_config import OptimConfig, make_config
 from bridgelm.ledger import Ledger
 from bridgelm.methods import METHODS
 from bridgelm.methods.base import rl_coef
-from bridgelm.policy import Policy
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit
 from bridgelm.types import Problem, Row, Verdict
 
 ROOT = Path(__file__).parents[1]

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from bridgelm.data_sources import read
+from bridgelm.benchmarks.prompts import prompt_format
+from bridgelm.data.sources import read
 from bridgelm.errors import UserError
-from bridgelm.prompts import prompt_format
 from bridgelm.verify.extract import boxed
 
 SOURCES = {  # where each is looked for unless the command line names a file

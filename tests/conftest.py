@@ -54,7 +54,7 @@ def raw(tmp_path: Path, tiny_folder: Callable[..., Path]) -> Callable[..., dict[
 @pytest.fixture
 def session(raw: Callable[..., dict[str, Any]]) -> Iterator[Callable[..., Any]]:
     """Opens training sessions and closes their folders afterwards."""
-    from bridgelm.config import make_config
+    from bridgelm.config.run_config import make_config
     from tiny import open_session
 
     opened: list[Any] = []

@@ -107,20 +107,20 @@ def exact_norms(model: Any) -> Any:
 
 def open_session(config: Any, exact: bool = True) -> Any:
     """What `bridgelm train` builds before its first step, in a new run folder."""
-    from bridgelm import training
-    from bridgelm.chat import load_chat
-    from bridgelm.data import Data, check_lengths, load_splits
+    from bridgelm.data.chat import load_chat
+    from bridgelm.data.cursors import Data, check_lengths, load_splits
     from bridgelm.methods import METHODS
-    from bridgelm.metrics import RunFolder
-    from bridgelm.progress import Progress
+    from bridgelm.runs.folder import RunFolder
+    from bridgelm.runs.progress import Progress
+    from bridgelm.training import loop
     from bridgelm.verify import build_verifier
 
     chat = load_chat(config.model)
     data = Data(check_lengths(load_splits(config), chat, config), config.seed)
     method = METHODS[config.method.name](config.method, config)
-    training.check_needs(method, data)
+    loop.check_needs(method, data)
     folder = RunFolder.create(Path(config.out) / config.name, config)
-    session = training._session(config, data, chat, method, build_verifier(config.reward), folder,
+    session = loop._session(config, data, chat, method, build_verifier(config.reward), folder,
                                 Progress(config.name, config.steps, quiet=True))
     if exact:
         exact_norms(session.policy.model)

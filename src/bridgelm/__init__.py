@@ -11,9 +11,9 @@ from types import ModuleType  # by its name: `types` will be bridgelm.types here
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridgelm.config import RunConfig, load_config
+    from bridgelm.config.run_config import RunConfig, load_config
     from bridgelm.errors import UserError
-    from bridgelm.runs import Run
+    from bridgelm.runs.reader import Run
 
 __version__ = "0.1.0"
 __all__ = ["Run", "RunConfig", "UserError", "__version__", "benchmark", "compare", "demos", "diagnose", "evaluate",
@@ -26,22 +26,22 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, *, r
           quiet: bool = False, allow_change: Sequence[str] = ()) -> Run:
     """Train as `config` says (a RunConfig, a dict of the same keys, or a TOML file), or go on with the run folder
     `resume`, made of what it was made of but for what `allow_change` names ("data", "config", ...)."""
-    from bridgelm import training
-    from bridgelm.preflight import ready
+    from bridgelm.runs.preflight import ready
+    from bridgelm.training import loop
 
     if (config is None) == (resume is None):
         raise import_module("bridgelm.errors").UserError("train: give either a configuration or a run to resume")
     if resume is not None:
-        return training.resume(Path(resume), quiet=quiet, allow_change=allow_change)
+        return loop.resume(Path(resume), quiet=quiet, allow_change=allow_change)
     assert config is not None
-    return training.train(ready(_as_config(config)), quiet=quiet)
+    return loop.train(ready(_as_config(config)), quiet=quiet)
 
 
 def evaluate(run_or_model: str | Path, *, config: RunConfig | Mapping[str, Any] | str | Path | None = None,
              split: str = "test", samples: int = 0, which: str = "final") -> dict[str, Any]:
     """Greedy accuracy with its interval, and with `samples` = k also avg@k and pass@k. A model that is no run folder
     takes its data and reward from `config`."""
-    from bridgelm.evaluation import evaluate_run
+    from bridgelm.training.evaluation import evaluate_run
 
     given = {} if config is None else {"config": _as_config(config)}
     return evaluate_run(run_or_model, split=split, samples=samples, which=which, **given)
@@ -54,7 +54,7 @@ def benchmark(models: str | Path | Sequence[str | Path], suites: Sequence[str], 
     prompt="simplerl", limit=50, ...). Returns what OUT/results.json holds; an interrupted one goes on there."""
     import json
 
-    inner, error = import_module("bridgelm.benchmarks"), import_module("bridgelm.errors").UserError
+    inner, error = import_module("bridgelm.benchmarks.run"), import_module("bridgelm.errors").UserError
     names = [models] if isinstance(models, str | Path) else models
     try:
         asked = inner.Wanted(**wanted)
@@ -68,14 +68,14 @@ def benchmark(models: str | Path | Sequence[str | Path], suites: Sequence[str], 
 
 def export(run: str | Path, out: str | Path, *, which: str = "final") -> Path:
     """Write the run's model, merged, as an ordinary Hugging Face folder."""
-    from bridgelm import checkpoint
+    from bridgelm.training import checkpoint
 
     return checkpoint.export(Path(run), Path(out), which=which)
 
 
 def merge(one: str | Path, other: str | Path, out: str | Path, *, weight: float = 0.5, which: str = "final") -> Path:
     """Write (1 - weight) `one` + weight `other`, two runs or model folders, as an ordinary Hugging Face folder."""
-    from bridgelm import merging
+    from bridgelm.training import merging
 
     return merging.merge(one, other, Path(out), weight, which)
 
@@ -86,9 +86,9 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
     """Train what is missing of `methods` x `seeds`, all on the base's model and data, and write the comparison.
     A method is one of `bridgelm methods`, or the name or path of a recipe beside `base`. `dry_run` only prints what
     each arm would be given."""
-    from bridgelm.preflight import check_static
+    from bridgelm.runs.preflight import check_static
 
-    inner = import_module("bridgelm.compare")
+    inner = import_module("bridgelm.comparisons.compare")
     for config in inner.resolve(base, methods, overrides).values():
         check_static(config)
     return inner.compare(base, methods, seeds, jobs, out, overrides=overrides, quiet=quiet, dry_run=dry_run)
@@ -96,7 +96,7 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: str | None = None) -> Path:
     """Write the page about one or more run folders; `base` names the method that the others are compared with."""
-    return import_module("bridgelm.report").report(runs, out, base=base)
+    return import_module("bridgelm.reports.page").report(runs, out, base=base)
 
 
 def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *, force: bool = False,
@@ -105,9 +105,9 @@ def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *
     return the counts."""
     from dataclasses import fields
 
-    from bridgelm.preflight import to_sample
+    from bridgelm.runs.preflight import to_sample
 
-    inner = import_module("bridgelm.demonstrations")
+    inner = import_module("bridgelm.rollout.demonstrations")
     known = {field.name for field in fields(inner.Wanted)}
     for name in wanted.keys() - known:
         raise import_module("bridgelm.errors").UserError(f"demos: unknown option {name!r}; known: {sorted(known)}")
@@ -117,11 +117,11 @@ def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *
 def diagnose(runs: Sequence[str | Path], out: str | Path | None = None, *, measure: bool = False) -> Path:
     """Write what SFT and RL did to each other in run folders; `measure` first measures the saved models of runs that
     took no probes while they trained."""
-    return import_module("bridgelm.diagnose").diagnose(runs, out, measure=measure)
+    return import_module("bridgelm.diagnosis.diagnose").diagnose(runs, out, measure=measure)
 
 
 def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
-    from bridgelm.config import RunConfig, load_config, make_config
+    from bridgelm.config.run_config import RunConfig, load_config, make_config
 
     if isinstance(config, RunConfig):
         return config
@@ -139,7 +139,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`bridgelm.compare` and `bridgelm.report` stay functions, although importing the modules of the same names
+    """`bridgelm.comparisons.compare` and `bridgelm.reports.page` stay functions, although importing the modules of the same names
     would put the modules in their place."""
 
     def __setattr__(self, name: str, value: Any) -> None:

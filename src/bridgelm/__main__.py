@@ -2,6 +2,6 @@
 
 import sys
 
-from bridgelm.cli import main
+from bridgelm.cli.main import main
 
 sys.exit(main())

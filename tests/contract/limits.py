@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bridgelm import grads
-from bridgelm.policy import Grads, Policy
+from bridgelm.model import grads
+from bridgelm.model.policy import Grads, Policy
 
 Wanted = dict[str, grads.Gradient]
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from bridgelm import batching, grads, methods_info, training
-from bridgelm.batching import make_batch
-from bridgelm.config import make_config
+from bridgelm.config import catalogue
+from bridgelm.config.options import MethodOptions
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import METHODS
-from bridgelm.options import MethodOptions
+from bridgelm.model import batching, grads
+from bridgelm.model.batching import make_batch
+from bridgelm.training import loop
 from bridgelm.types import Grade, Live, Micro, Row, Verdict
 
 from .limits import LIMITS, STAY
@@ -42,7 +44,7 @@ class Bench:
     def __init__(self, session: Any, steps: int = 2) -> None:
         self.session = session
         for _ in range(steps):
-            training.take_step(session)
+            loop.take_step(session)
         session.roll.begin(steps)
         self.rows: list[Row] = session.method.gather(session.data, session.roll, steps)
         session.policy.factor = 1.0
@@ -149,9 +151,9 @@ def test_unmet_needs_are_refused_before_the_model_is_loaded(name: str, raw: Make
 
     config = raw(METHOD[name])
     write_data(tmp_path, demos=False)
-    monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="needs demonstrations"):
-        training.train(make_config(config), quiet=True)
+        loop.train(make_config(config), quiet=True)
     assert not (tmp_path / "runs" / "run").exists()
 
 
@@ -172,7 +174,7 @@ class Constant:
 
 OPTIONS: TypeAdapter[Any] = TypeAdapter(MethodOptions)
 FLAT = {name: method for name, method in VARIANTS.items()
-        if any(methods_info.samples(part) for part in methods_info.parts(OPTIONS.validate_python(method)))}
+        if any(catalogue.samples(part) for part in catalogue.parts(OPTIONS.validate_python(method)))}
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def flat(session: Make, request: pytest.FixtureRequest) -> Iterator[Any]:
     made.roll.grader = Constant(reward)
     if made.method.options.name in LATE:
         for _ in range(2):
-            training.take_step(made)
+            loop.take_step(made)
     return made
 
 

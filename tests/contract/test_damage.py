@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bridgelm import checkpoint, disk, metrics, training
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
+from bridgelm.runs import disk
+from bridgelm.runs import folder as metrics
+from bridgelm.training import checkpoint, loop
 
 Make = Callable[..., dict[str, Any]]
 STEPS, STOP = 6, 4
@@ -29,16 +31,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stopped(raw: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was stopped after step 4, with checkpoints of steps 2 and 4."""
-    config, take_step = make_config(raw("grpo", steps=STEPS)), training.take_step
+    config, take_step = make_config(raw("grpo", steps=STEPS)), loop.take_step
 
     def step(session: Any) -> Any:
         if session.step == STOP - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(session)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_step", step)
-        with pytest.raises(training.Interrupted):
-            training.train(config, quiet=True)
+        patch.setattr(loop, "take_step", step)
+        with pytest.raises(loop.Interrupted):
+            loop.train(config, quiet=True)
     run = Path(config.out) / config.name
     assert [path.name for path in checkpoint.kept(run)] == ["step-000004", "step-000002"]
     return run
@@ -77,13 +79,13 @@ def test_the_older_checkpoint_takes_the_place_of_a_damaged_one(kind: str, stoppe
                                                                tmp_path: Path) -> None:
     name, act = DAMAGE[kind]
     act(stopped / "checkpoints/step-000004" / name)
-    run = training.resume(stopped, quiet=True)
+    run = loop.resume(stopped, quiet=True)
     (warning,) = run.warnings
     assert warning["step"] == 2
     for part in ("step-000004", name, "goes on from step-000002", "steps 3 to 4"):
         assert part in warning["text"]
     assert [event["step"] for event in run.metrics] == [*range(1, STEPS + 1)]
-    whole = training.train(make_config(raw("grpo", name="whole", steps=STEPS)), quiet=True)
+    whole = loop.train(make_config(raw("grpo", name="whole", steps=STEPS)), quiet=True)
     assert final(run.path) == final(whole.path)
 
 
@@ -99,7 +101,7 @@ def test_a_history_is_not_wiped(kind: str, stopped: Path) -> None:
     ways_to_refuse(stopped)[kind]()
     before = (stopped / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=rf"{stopped}: .*from a copy, or remove the run folder") as error:
-        training.resume(stopped, quiet=True)
+        loop.resume(stopped, quiet=True)
     assert "\n" not in str(error.value)
     assert (stopped / "metrics.jsonl").read_bytes() == before
 
@@ -127,28 +129,28 @@ MOMENT = "optim/theta/model.norm.weight|exp_avg"
 def test_tensors_that_do_not_fit_are_named(change: Any, says: str, stopped: Path) -> None:
     rewrite(stopped / "checkpoints/step-000004", change)
     with pytest.raises(UserError, match=says.replace("|", r"\|")):
-        training.resume(stopped, quiet=True)
+        loop.resume(stopped, quiet=True)
 
 
 @pytest.mark.parametrize("lose", [shutil.rmtree, lambda best: flip(best / "model.safetensors")],
                          ids=["gone", "damaged"])
 def test_best_weights_are_chosen_anew_where_they_are_lost(lose: Callable[[Path], object], stopped: Path) -> None:
     lose(stopped / "best")
-    run = training.resume(stopped, quiet=True)
+    run = loop.resume(stopped, quiet=True)
     assert (run.result or {})["best"]["step"] == STEPS
     state = checkpoint.read_state(checkpoint.kept(stopped)[0])
     assert checkpoint.weights_of(stopped / "best") == state["best"]["weights"]
 
 
 def test_lost_best_weights_leave_the_final_ones(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = training.finish
+    finish = loop.finish
 
     def lost(session: Any) -> None:
         session.best = {**session.best, "step": 2}  # not those of the last step
         flip(stopped / "best/model.safetensors")
         finish(session)
-    monkeypatch.setattr(training, "finish", lost)
-    run = training.resume(stopped, quiet=True)
+    monkeypatch.setattr(loop, "finish", lost)
+    run = loop.resume(stopped, quiet=True)
     assert (run.result or {}).keys() == {"final"}
     assert "best is damaged or missing" in run.warnings[-1]["text"]
 
@@ -184,7 +186,7 @@ def test_everything_is_on_disk_before_it_counts(stopped: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     monkeypatch.setattr(shutil, "rmtree", removed)
-    training.resume(stopped, quiet=True)
+    loop.resume(stopped, quiet=True)
     for target, draft, old in ((stopped / "checkpoints/step-000006", stopped / "checkpoints/.draft-000006",
                                 stopped / "checkpoints/step-000002"),
                                (stopped / "final", stopped / ".final-draft", None)):

@@ -14,11 +14,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import bridgelm
-from bridgelm import inputs, metrics, training
-from bridgelm.cli import main
-from bridgelm.config import make_config
+from bridgelm.cli.main import main
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
-from bridgelm.runs import Run
+from bridgelm.runs import folder as metrics
+from bridgelm.runs import inputs
+from bridgelm.runs.reader import Run
+from bridgelm.training import loop
 
 Make = Callable[..., dict[str, Any]]
 
@@ -42,16 +44,16 @@ def make(raw: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         (tmp_path / "helper.py").write_text(HELPER)
         reward = {"verifier": "none", "functions": [f"{tmp_path}/reward.py:reward"]}
         config = make_config(raw(method, model={"name_or_path": str(tmp_path / "base")}, reward=reward, **changes))
-        take_step = training.take_step
+        take_step = loop.take_step
 
         def step(session: Any) -> Any:
             if session.step == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return take_step(session)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "take_step", step)
-            with pytest.raises(training.Interrupted):
-                training.train(config, quiet=True)
+            patch.setattr(loop, "take_step", step)
+            with pytest.raises(loop.Interrupted):
+                loop.train(config, quiet=True)
         return Path(config.out) / config.name
     return made
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bridgelm import batching, grads, training
-from bridgelm.groups import Group
 from bridgelm.methods import METHODS, Method
-from bridgelm.policy import Policy
+from bridgelm.model import batching, grads
+from bridgelm.model.groups import Group
+from bridgelm.model.policy import Policy
+from bridgelm.training import loop
 
 from .variants import METHOD
 
@@ -27,7 +28,7 @@ class Buffers(dict[str, torch.Tensor]):
 def test_a_method_holds_as_many_gradients_of_theta_as_it_says(name: str, session: Callable[..., Any],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     one = session(METHOD[name])
-    training.take_step(one)
+    loop.take_step(one)
     theta = one.policy.groups["theta"].flat().keys()
     alive: weakref.WeakSet[Buffers] = weakref.WeakSet()
     most = dict.fromkeys(("demo", "rollout", "between"), 0)
@@ -74,7 +75,7 @@ def test_a_method_holds_as_many_gradients_of_theta_as_it_says(name: str, session
     monkeypatch.setattr(Policy, "grad", at_work(Policy.grad))
     monkeypatch.setattr(Policy, "park", park)
     for _ in range(2):
-        training.take_step(one)
+        loop.take_step(one)
     said = METHODS[name].gradients
     assert most == {key: getattr(said, key) if most[key] else 0 for key in most}
     assert parked[0] == said.parked

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from bridgelm import checkpoint, metrics, training
-from bridgelm.config import make_config
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.config.run_config import make_config
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
+from bridgelm.runs import folder as metrics
+from bridgelm.training import checkpoint, loop
 
 from .variants import BESIDE, METHOD, READINGS, VARIANTS, sections
 
@@ -71,7 +72,7 @@ def assert_same_bits(run: Path, whole: dict[str, Any]) -> None:
 
 
 def go_on(run: Path) -> None:
-    training.resume(run, quiet=True)
+    loop.resume(run, quiet=True)
 
 
 def metrics_config(run: Path) -> Any:
@@ -81,13 +82,13 @@ def metrics_config(run: Path) -> Any:
 @contextmanager
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ctrl-C during every step."""
-    take_step = training.take_step
+    take_step = loop.take_step
 
     def step(session: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return take_step(session)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_step", step)
+        patch.setattr(loop, "take_step", step)
         yield
 
 
@@ -143,18 +144,18 @@ def test_the_same_bits_again_and_after_interruptions(name: str, raw: Make, tmp_p
     model = raw()["model"]["name_or_path"]
     configs = {kind: config_of(raw, name, tmp_path / kind, model={"name_or_path": model}, steps=STEPS,
                                data=raw()["data"], checkpoint_every=2 if kind == "killed" else 0) for kind in runs}
-    training.train(configs["whole"], quiet=True)
+    loop.train(configs["whole"], quiet=True)
     whole = bits(runs["whole"])
     assert len({json.loads(e)["grad_norm/theta"] for e in whole["metrics"] if "grad_norm/theta" in e}) == STEPS
     if name in METHOD:
-        training.train(configs["again"], quiet=True)
+        loop.train(configs["again"], quiet=True)
         assert_same_bits(runs["again"], whole)
 
     with stopping(monkeypatch):  # stopped in every step, saved after it, gone on from there
         for step in range(1, STEPS):
-            go = (lambda: training.train(configs["stopped"], quiet=True)) if step == 1 else (
+            go = (lambda: loop.train(configs["stopped"], quiet=True)) if step == 1 else (
                 lambda: go_on(runs["stopped"]))
-            with pytest.raises(training.Interrupted):
+            with pytest.raises(loop.Interrupted):
                 go()
             assert (metrics.read_json(runs["stopped"] / "run.json") or {})["status"] == "interrupted"
             saved = checkpoint.newest(runs["stopped"])
@@ -175,7 +176,7 @@ def kill_and_go_on(config: Any, run: Path, whole: dict[str, Any]) -> None:
         lambda start: killed_in_save(run, start),
     ]
     for i, kill in enumerate(kills):
-        start = (lambda: training.train(config, quiet=True)) if i == 0 else (lambda: go_on(run))
+        start = (lambda: loop.train(config, quiet=True)) if i == 0 else (lambda: go_on(run))
         assert in_child(lambda kill=kill, start=start: kill(start)) == -signal.SIGKILL, i
     go_on(run)
     assert_same_bits(run, whole)
@@ -184,7 +185,7 @@ def kill_and_go_on(config: Any, run: Path, whole: dict[str, Any]) -> None:
 
 def test_a_second_signal_stops_at_once(raw: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, run = tmp_path / "whole" / "runs" / "run", tmp_path / "cut" / "runs" / "run"
-    training.train(config_of(raw, "bridge", tmp_path / "whole"), quiet=True)
+    loop.train(config_of(raw, "bridge", tmp_path / "whole"), quiet=True)
     apply, calls = Policy.apply, []
 
     def twice(self: Policy, name: str, gradient: Any) -> float:
@@ -195,8 +196,8 @@ def test_a_second_signal_stops_at_once(raw: Make, tmp_path: Path, monkeypatch: p
         return apply(self, name, gradient)
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "apply", twice)
-        with pytest.raises(training.Interrupted):
-            training.train(config_of(raw, "bridge", tmp_path / "cut"), quiet=True)
+        with pytest.raises(loop.Interrupted):
+            loop.train(config_of(raw, "bridge", tmp_path / "cut"), quiet=True)
     assert len(calls) == 8
     saved = checkpoint.newest(run)
     assert saved is not None
@@ -211,9 +212,9 @@ def test_a_second_signal_stops_at_once(raw: Make, tmp_path: Path, monkeypatch: p
 
 
 def test_a_finished_run_is_left_alone(raw: Make, tmp_path: Path) -> None:
-    run = training.train(config_of(raw, "grpo", tmp_path), quiet=True)
+    run = loop.train(config_of(raw, "grpo", tmp_path), quiet=True)
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert training.resume(run.path).status == "finished"
+    assert loop.resume(run.path).status == "finished"
     assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
@@ -224,7 +225,7 @@ def test_kill_9_from_outside_through_the_command(raw: Make, tmp_path: Path) -> N
         config = config_of(raw, "bridge", tmp_path / kind, steps=40, eval={"every": 20}, checkpoint_every=3)
         configs[kind] = tmp_path / f"{kind}.json"
         configs[kind].write_text(json.dumps(config.resolved()))
-    training.train(make_config(json.loads(configs["whole"].read_text())), quiet=True)
+    loop.train(make_config(json.loads(configs["whole"].read_text())), quiet=True)
     run, command = tmp_path / "killed" / "runs" / "run", [sys.executable, "-m", "bridgelm", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, str(configs["killed"]), "--quiet"], env=environment) as process:

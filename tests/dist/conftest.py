@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bridgelm.metrics import git_commit, versions
+from bridgelm.runs.folder import git_commit, versions
 
 RESULT = Path(__file__).parents[2] / "results" / "dist.json"
 FOUND: dict[str, Counter[str]] = {}

@@ -19,9 +19,13 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from bridgelm import batching, checkpoint, dist, loading, metrics, offload, planning, policy, storage, training
-from bridgelm.config import make_config
-from bridgelm.policy import Policy
+from bridgelm.model import batching, loading, offload, policy, storage
+from bridgelm.training import checkpoint, loop
+from bridgelm import dist
+from bridgelm.runs import folder as metrics
+from bridgelm.planning import needs
+from bridgelm.config.run_config import make_config
+from bridgelm.model.policy import Policy
 from bridgelm.types import Problem, Row
 
 from contract.variants import VARIANTS, sections
@@ -71,17 +75,17 @@ def standing_bytes(trained: Policy) -> int:
 def run_on(count: int, config: Any, folder: Path) -> list[Any]:
     """Trains; every rank says what it ends with."""
     said: dict[str, Any] = {}
-    finish = training.finish
+    finish = loop.finish
 
-    def noted(session: training.Session) -> None:
+    def noted(session: loop.Session) -> None:
         said.update(weights=fingerprint(session.policy), bytes=standing_bytes(session.policy), data=session.data.state(), ledger=session.policy.ledger.state(),
                     method=zlib.crc32(json.dumps(session.method.state(), default=str).encode()))
         said["ledger"].pop("seconds")
         finish(session)
 
     def work() -> Any:
-        training.finish = noted
-        training.train(config, quiet=True)
+        loop.finish = noted
+        loop.train(config, quiet=True)
         return {**said, "meetings": dist._State.meetings}
 
     return on_ranks(count, work, folder)
@@ -128,7 +132,7 @@ def same_trajectory(raw: Make, name: str, count: int, tmp_path: Path, shard: boo
     """Gives the bytes that stand on each rank. `there`: changes on the ranks alone."""
     whole = config_of(raw, name, tmp_path / "whole", **changes)
     parted = config_of(raw, name, tmp_path / "parted", shard=shard, **{**changes, **(there or {})})
-    training.train(whole, quiet=True)
+    loop.train(whole, quiet=True)
     said = run_on(count, parted, tmp_path / "said")
     assert "meetings" in said[0], said
     standing = [one.pop("bytes") for one in said]
@@ -149,7 +153,7 @@ def test_parts_are_one_process(name: str, count: int, raw: Make, tmp_path: Path)
     """And the first rank, whose parts are the largest, holds as many bytes as are planned for."""
     held = same_trajectory(raw, name, count, tmp_path, shard=True)
     assert held[0] == max(held)
-    assert held[0] == planning.memory(config_of(raw, name, tmp_path / "plan", shard=True), count).standing
+    assert held[0] == needs.memory(config_of(raw, name, tmp_path / "plan", shard=True), count).standing
 
 
 ELSEWHERE: dict[str, Any] = {"shadow": "bfloat16", "host": ["shadow", "moments", "gradients"]}
@@ -159,7 +163,7 @@ def test_parts_that_lie_elsewhere_are_one_process(raw: Make, tmp_path: Path) -> 
     """Each rank rounds its rows as one process does."""
     there = {"optim": {**ELSEWHERE, "host": [*ELSEWHERE["host"], "masters"]}}
     held = same_trajectory(raw, "bridge", 3, tmp_path, shard=True, there=there, optim=ELSEWHERE)
-    need = planning.memory(config_of(raw, "bridge", tmp_path / "plan", shard=True, **there), 3)
+    need = needs.memory(config_of(raw, "bridge", tmp_path / "plan", shard=True, **there), 3)
     assert held[0] == need.standing + sum(size for part, size in need.parts.items() if part.startswith("host/"))
 
 
@@ -182,18 +186,18 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
     """A signal to the last rank alone stops all of them after the same step. `shard`: before and after the stop."""
     whole, parted = (config_of(raw, name, tmp_path / kind, **changes) for kind in ("whole", "parted"))
     parted = parted.model_copy(update={"shard": shard[0]})
-    training.train(whole, quiet=True)
+    loop.train(whole, quiet=True)
     run = tmp_path / "parted/runs/run"
-    take_step = training.take_step
+    take_step = loop.take_step
 
-    def signalled(session: training.Session) -> Any:
+    def signalled(session: loop.Session) -> Any:
         if session.step == 1 and dist.rank() == dist.world() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(session)
 
     def first() -> Any:
-        training.take_step = signalled
-        training.train(parted, quiet=True)
+        loop.take_step = signalled
+        loop.train(parted, quiet=True)
 
     assert on_ranks(counts[0], first, tmp_path / "first") == [{"stopped": str(run)}] * counts[0]
     saved = checkpoint.newest(run)
@@ -201,7 +205,7 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
     assert saved.name == "step-000002"
     assert len(list(saved.glob("*.safetensors"))) == (counts[0] if shard[0] and counts[0] > 1 else 1)
     metrics.write_json(run / "config.json", {**(metrics.read_json(run / "config.json") or {}), "shard": shard[1]})
-    assert on_ranks(counts[1], lambda: training.resume(run, True, ["config"]).status, tmp_path / "then") \
+    assert on_ranks(counts[1], lambda: loop.resume(run, True, ["config"]).status, tmp_path / "then") \
         == ["finished"] * counts[1]
     assert_same_run(run, tmp_path / "whole/runs/run", tolerance)
 
@@ -210,14 +214,14 @@ def stop_and_go_on(raw: Make, name: str, counts: tuple[int, int], tmp_path: Path
 def test_damage_and_changes_are_seen_on_all_ranks(shard: bool, raw: Make, tmp_path: Path) -> None:
     """The last rank's part is damaged: all of them go on from the older checkpoint, or none goes on."""
     config = config_of(raw, "sft", tmp_path / "run", shard=shard, checkpoint_every=1)
-    run, take_step = tmp_path / "run/runs/run", training.take_step
+    run, take_step = tmp_path / "run/runs/run", loop.take_step
 
     def stopped() -> Any:
-        def step(session: training.Session) -> Any:
+        def step(session: loop.Session) -> Any:
             session.stop = session.step == 2
             return take_step(session)
-        training.take_step = step
-        training.train(config, quiet=True)
+        loop.take_step = step
+        loop.train(config, quiet=True)
 
     def damage(folder: Path) -> Path:
         path = sorted(folder.glob("*.safetensors"))[-1]
@@ -225,7 +229,7 @@ def test_damage_and_changes_are_seen_on_all_ranks(shard: bool, raw: Make, tmp_pa
         return path
 
     def resumed(name: str, *allowed: str) -> list[Any]:
-        return on_ranks(2, lambda: training.resume(run, True, allowed).status, tmp_path / name)
+        return on_ranks(2, lambda: loop.resume(run, True, allowed).status, tmp_path / name)
 
     on_ranks(2, stopped, tmp_path / "first")
     newest, older = checkpoint.kept(run)
@@ -247,7 +251,7 @@ def test_damage_and_changes_are_seen_on_all_ranks(shard: bool, raw: Make, tmp_pa
     assert resumed("then") == ["finished"] * 2
     (warning,) = (event for event in events(run) if event["event"] == "warning")
     assert bad.name in warning["text"]
-    training.train(config_of(raw, "sft", tmp_path / "whole"), quiet=True)
+    loop.train(config_of(raw, "sft", tmp_path / "whole"), quiet=True)
     found, wanted = (load_file(folder / "final/model.safetensors") for folder in (run, tmp_path / "whole/runs/run"))
     assert all(np.allclose(found[name].double(), wanted[name].double(), atol=1e-9) for name in wanted)
 
@@ -262,7 +266,7 @@ def test_an_error_of_one_rank_ends_all(bad: int, shard: bool, raw: Make, tmp_pat
         if dist.rank() == bad:
             policy.forward = lambda *args, **more: replace(live := forward(*args, **more),
                                                            logp_BT=live.logp_BT * math.nan)
-        training.train(config, quiet=True)
+        loop.train(config, quiet=True)
 
     found = on_ranks(2, work, tmp_path / "said")
     assert found[0] == found[1]
@@ -283,7 +287,7 @@ def test_a_crash_where_others_wait_for_parts_ends_all(raw: Make, tmp_path: Path)
 
         if dist.rank() == 1:
             policy.forward = crash
-        training.train(config, quiet=True)
+        loop.train(config, quiet=True)
 
     found = on_ranks(2, work, tmp_path / "said")
     assert found[1]["crash"] == "RuntimeError: out of memory"

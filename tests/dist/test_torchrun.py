@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from bridgelm import metrics, training
-from bridgelm.config import make_config
+from bridgelm.runs import folder
+from bridgelm.training import loop
+from bridgelm.config.run_config import make_config
 
 from .test_ranks import assert_same_run, config_of
 
@@ -36,7 +37,7 @@ def children(pid: int) -> list[int]:
 def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: Path) -> None:
     changes = {"steps": 20, "eval": {"every": 10}, "checkpoint_every": 3, "shard": shard}
     whole, killed = (config_of(raw, "bridge", tmp_path / kind, **changes) for kind in ("whole", "killed"))
-    training.train(make_config(whole.resolved()), quiet=True)
+    loop.train(make_config(whole.resolved()), quiet=True)
     file, run = tmp_path / "killed.json", tmp_path / "killed/runs/run"
     file.write_text(json.dumps(killed.resolved()))
     with subprocess.Popen(command(file, 1), stderr=subprocess.PIPE, text=True) as process:
@@ -48,7 +49,7 @@ def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: P
         os.kill(ranks[str(rank)], 9)
         _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    info = metrics.read_json(run / "run.json") or {}
+    info = folder.read_json(run / "run.json") or {}
     assert (info["status"], info["ranks"]) == ("finished", 2)
     assert_same_run(run, tmp_path / "whole/runs/run", 1e-6)  # Hugging Face's norms compute in float32
 
@@ -56,7 +57,7 @@ def test_a_killed_rank_comes_back(rank: int, shard: bool, raw: Make, tmp_path: P
 def test_a_mistake_is_said_once(raw: Make, tmp_path: Path) -> None:
     """And a run that is there already is not taken for one's own after a restart."""
     config = config_of(raw, "sft", tmp_path, steps=1)
-    training.train(config, quiet=True)
+    loop.train(config, quiet=True)
     file = tmp_path / "again.json"
     file.write_text(json.dumps(config.model_copy(update={"seed": 5}).resolved()))
     done = subprocess.run(command(file, 1), capture_output=True, text=True, timeout=240, check=False)

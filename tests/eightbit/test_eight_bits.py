@@ -14,9 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgelm import checkpoint, metrics, optim, planning, training
-from bridgelm.config import OptimConfig
-from bridgelm.metrics import git_commit, versions
+from bridgelm.config.run_config import OptimConfig
+from bridgelm.model import optim
+from bridgelm.planning import needs
+from bridgelm.runs import folder
+from bridgelm.runs.folder import git_commit, versions
+from bridgelm.training import checkpoint, loop
 from dist.test_ranks import same_trajectory, standing_bytes, stop_and_go_on
 
 RESULTS = Path(__file__).parents[2] / "results" / "eightbit.json"
@@ -36,7 +39,7 @@ def results() -> Iterator[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(metrics, "git_commit", lambda: None)
+    monkeypatch.setattr(folder, "git_commit", lambda: None)
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 def moved(session: Session, wide: dict[str, Any], steps: int, **options: Any) -> dict[str, Tensor]:
     made = session({"name": "bridge", "rank": 2}, model=wide, optim={"lr": 0.01, **options})
     for _ in range(steps):
-        training.take_step(made)
+        loop.take_step(made)
     return {name: t.clone() for name, t in made.policy.tensors().items()}
 
 
@@ -140,8 +143,8 @@ def test_they_take_the_bytes_that_are_planned(wide: dict[str, Any], session: Ses
     found = {}
     for kind in ("adamw", "adamw8bit"):
         made = session({"name": "grpo"}, model=wide | {"dtype": "bfloat16"}, optim={"kind": kind})
-        training.take_step(made)
-        need = planning.memory(made.config)
+        loop.take_step(made)
+        need = needs.memory(made.config)
         assert standing_bytes(made.policy) == need.standing
         found[kind] = need.standing / need.parameters
     results["bytes a weight that stand"] = found

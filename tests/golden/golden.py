@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import methods_info, training
-from bridgelm.config import make_config
+from bridgelm.config import catalogue
+from bridgelm.config.run_config import make_config
 from bridgelm.engine import Request, Sampling
+from bridgelm.training import loop
 from bridgelm.types import Completion
 from tiny import open_session, raw_config
 
@@ -79,7 +80,7 @@ def session(method: dict[str, Any], folder: Path) -> Any:
     raw = raw_config(folder, method, steps=STEPS, **SECTIONS.get(method["name"], {}))
     # A large epsilon: Adam would turn the rounding of a gradient that is nearly zero into a step.
     raw["optim"] = {"lr": 1e-2, "eps": 1e-3}
-    if methods_info.needs(method["name"]) & {"teacher", "behaviour"}:
+    if catalogue.needs(method["name"]) & {"teacher", "behaviour"}:
         raw["teacher"] = {"name_or_path": raw["model"]["name_or_path"]}
     made = open_session(make_config(raw))
     with torch.no_grad():  # any weights do; these are the same everywhere
@@ -128,7 +129,7 @@ def run(method: dict[str, Any], completions: list[list[Any]]) -> list[dict[str, 
         made.roll.engine = Recorded(completions)
         steps = []
         for _ in range(STEPS):
-            found = training.take_step(made)
+            found = loop.take_step(made)
             steps.append({key: value for key, value in found.items() if key.startswith(KEPT)})
         made.folder.close()
         made.roll.grader.close()

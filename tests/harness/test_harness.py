@@ -18,15 +18,15 @@ import pytest
 import torch
 
 import bridgelm
-from bridgelm import toy
-from bridgelm.batching import collate
-from bridgelm.benchmarks import weights_digest
-from bridgelm.chat import Chat, load_chat
-from bridgelm.config import ModelConfig, load_config
-from bridgelm.data import load_splits
+from bridgelm.benchmarks.run import weights_digest
+from bridgelm.config.run_config import ModelConfig, load_config
+from bridgelm.data import toy
+from bridgelm.data.chat import Chat, load_chat
+from bridgelm.data.cursors import load_splits
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
-from bridgelm.forward import forward
-from bridgelm.loading import load_model
+from bridgelm.model.batching import collate
+from bridgelm.model.forward import forward
+from bridgelm.model.loading import load_model
 from bridgelm.types import Problem, Row
 
 pytest.importorskip("lm_eval")
@@ -137,7 +137,7 @@ def command(tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """`python -m bridgelm.harness --model bridgelm --model_args ARGS ...`, in this process."""
     import datasets
 
-    from bridgelm import harness
+    from bridgelm.benchmarks import harness
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -214,7 +214,7 @@ def test_the_results_name_run_commit_and_weights(cases: dict[str, Case], command
 
 def test_system_prompts_and_kept_prompts(cases: dict[str, Case]) -> None:
     """The run's comes first and the task's stays; prompts that --cache_requests keeps are not those of another one."""
-    from bridgelm.harness import BridgeLM
+    from bridgelm.benchmarks.harness import BridgeLM
 
     folder = cases["final"].config.name_or_path
     lm = BridgeLM(folder, system_prompt=SYSTEM)
@@ -224,7 +224,7 @@ def test_system_prompts_and_kept_prompts(cases: dict[str, Case]) -> None:
 
 
 def test_no_code_of_a_model_is_run(tmp_path: Path) -> None:
-    from bridgelm.harness import BridgeLM
+    from bridgelm.benchmarks.harness import BridgeLM
 
     folder = shutil.copytree(toy.model_path("base"), tmp_path / "remote")
     change(folder / "config.json", auto_map={"AutoModelForCausalLM": "remote.Remote"})
@@ -240,7 +240,7 @@ def test_no_code_of_a_model_is_run(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(args: str, said: str, cases: dict[str, Case], tasks: Path) -> None:
     run = str(Path(cases["final"].config.name_or_path).parent)
     done = subprocess.run(
-        [sys.executable, "-m", "bridgelm.harness", "--model", "bridgelm", "--model_args", args.replace("RUN", run),
+        [sys.executable, "-m", "bridgelm.benchmarks.harness", "--model", "bridgelm", "--model_args", args.replace("RUN", run),
          "--tasks", "choice", "--include_path", str(tasks)],
         capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and f"\nerror: {said}" in done.stderr and "Traceback" not in done.stderr
@@ -248,7 +248,7 @@ def test_mistakes_are_one_line(args: str, said: str, cases: dict[str, Case], tas
 
 def test_the_missing_package_is_named() -> None:
     code = ("import runpy, sys\nsys.modules['lm_eval'] = None\n"
-            "runpy.run_module('bridgelm.harness', run_name='__main__')\n")
+            "runpy.run_module('bridgelm.benchmarks.harness', run_name='__main__')\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().endswith("pip install 'bridgelm[lm-eval]'")

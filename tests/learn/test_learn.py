@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import bridgelm
-from bridgelm.config import load_config
-from bridgelm.methods_info import parts
-from bridgelm.metrics import git_commit, versions
+from bridgelm.config.catalogue import parts
+from bridgelm.config.run_config import load_config
+from bridgelm.runs.folder import git_commit, versions
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "learn"

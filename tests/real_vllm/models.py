@@ -37,7 +37,7 @@ def toy_model(folder: Path) -> Path:
     first pairs of a wider head the old ones. The new pairs are zero, and queries make up for the other scale."""
     from transformers import AutoModelForCausalLM
 
-    from bridgelm import toy
+    from bridgelm.data import toy
 
     source = Path(toy.model_path("base"))
     shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from bridgelm import dist
-from bridgelm.chat import load_chat
-from bridgelm.config import RunConfig, make_config
+from bridgelm.config.run_config import RunConfig, make_config
+from bridgelm.data.chat import load_chat
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling, open_engine
 from bridgelm.engine.vllm import VllmEngine
 from bridgelm.ledger import Ledger
-from bridgelm.loading import load_model
-from bridgelm.policy import Policy
+from bridgelm.model.loading import load_model
+from bridgelm.model.policy import Policy
 from bridgelm.types import Completion, Problem, Row
 
 PROMPTS = [[3, 8, 9, 4], [3, 28, 7, 25, 9, 26, 4], [3, 4], [3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 4], [3, 8, 9, 4]]
@@ -129,8 +129,8 @@ def details(origin: Origin, engine: VllmEngine, native: NativeEngine) -> None:
 def train_toy(model: str, engine: str, seed: int, steps: int, lora: int = 0,
               server: str | None = None, ahead: bool = False, shard: bool = False) -> dict[str, Any]:
     """The embedded task with grpo: rewards a step; with vLLM each new set of weights is looked at before it is used."""
-    from bridgelm.config import load_config
-    from bridgelm.training import train
+    from bridgelm.config.run_config import load_config
+    from bridgelm.training.loop import train
 
     found: dict[str, Any] = {"greedy": [0, 0], "logps": 0.0, "verified": 0}
     sync = VllmEngine._sync

@@ -16,10 +16,10 @@ import torch
 from exact import run_config
 from torch import Tensor
 
-from bridgelm import batching
 from bridgelm.ledger import Ledger
-from bridgelm.policy import Grads
-from bridgelm.rollout import Roller
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Completion, Demo, Grade, Live, Problem, Row, Verdict
 
 V, END = 6, 0  # tokens 0 .. 5; 0 ends an answer

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from exact import LAMBDAS, NOTHING, OneSum, Quadratic, Stub, TwoPrompts, bridge_walk, reference_walk, run_config, walk
 
-from bridgelm import cooperation, grads, losses
 from bridgelm.methods import bridge, joint
-from bridgelm.policy import Grads
+from bridgelm.model import grads
+from bridgelm.model.policy import Grads
+from bridgelm.objective import losses, shadow_diagnostics
 from bridgelm.types import Problem, Row, Verdict
 
 
@@ -25,7 +26,7 @@ class Code:
     bridge: ModuleType = bridge
     joint: ModuleType = joint
     losses: ModuleType = losses
-    cooperation: ModuleType = cooperation
+    shadow_diagnostics: ModuleType = shadow_diagnostics
 
 
 def close(found: Any, wanted: Any, tolerance: float, what: str = "") -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridgelm import grads, storage
-from bridgelm.config import RunConfig, make_config
-from bridgelm.groups import Group
-from bridgelm.policy import Grads, Policy
+from bridgelm.config.run_config import RunConfig, make_config
+from bridgelm.model import grads, storage
+from bridgelm.model.groups import Group
+from bridgelm.model.policy import Grads, Policy
 from bridgelm.types import Batch
 
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bridgelm import methods
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.types import Grade, Row, Verdict
 from tiny import open_session, raw_config, save_model
 

@@ -12,8 +12,8 @@ import torch
 from checks import Code, close
 from exact import Quadratic, Stub, run_config, sigmoid, walk
 
-from bridgelm import batching
-from bridgelm.policy import Grads
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads
 from bridgelm.types import Live, Problem, Row, Verdict
 
 PROBLEM = Problem("p", ({"role": "user", "content": "q"},))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from exact import run_config
 
-from bridgelm import batching
-from bridgelm.policy import Grads
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads
 from bridgelm.types import Demo, Live, Problem, Row, Verdict
 
 CONTEXTS, WORDS = 4, 3

@@ -20,11 +20,11 @@ from ratios import row as bandit_row
 from ratios import slope
 from transformer import VOCABULARY, build_policy, make_rows, wide_norm
 
-from bridgelm import grads
-from bridgelm.batching import make_batch
 from bridgelm.errors import UserError
 from bridgelm.methods import amft as amft_module
-from bridgelm.policy import Policy
+from bridgelm.model import grads
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Policy
 from bridgelm.types import Problem, Row, Verdict
 
 PROMPTS = ((3, 1), (7, 2, 5))

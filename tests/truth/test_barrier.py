@@ -23,14 +23,14 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import PROBLEM, all_logps, build, make_rows, spread, wide_norm
 
-from bridgelm import batching
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
-from bridgelm.groups import Group
 from bridgelm.ledger import Ledger
 from bridgelm.methods import barrier
 from bridgelm.methods.joint import Joint
-from bridgelm.policy import Grads, Policy
+from bridgelm.model import batching
+from bridgelm.model.groups import Group
+from bridgelm.model.policy import Grads, Policy
 from bridgelm.types import Batch, Row, Verdict
 
 Vector = np.ndarray

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformer import wide_norm
 
-from bridgelm.batching import make_batch
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.methods.alternate import Alternate
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.sequence import Sequence
 from bridgelm.methods.sft import Sft
+from bridgelm.model.batching import make_batch
 from tiny import open_session, raw_config
 
 

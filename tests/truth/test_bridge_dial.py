@@ -18,10 +18,10 @@ from ratios import WithLogps, row
 from transformer import all_logps, bridge_method, build, build_policy, make_batch, make_rows, merged, wide_norm
 from transformer import objective as by_definition
 
-from bridgelm import batching
 from bridgelm.methods import bridge_dial as dial_module
 from bridgelm.methods import shadow as shadow_module
-from bridgelm.policy import Grads
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads
 from bridgelm.types import Batch, Row
 
 

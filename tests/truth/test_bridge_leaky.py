@@ -18,12 +18,12 @@ from ratios import WithLogps, row
 from transformer import all_logps, bridge_method, build, build_policy, make_batch, make_rows, merged, wide_norm
 from transformer import objective as by_definition
 
-from bridgelm import batching
 from bridgelm.methods import bridge as bridge_module
 from bridgelm.methods import bridge_leaky as leaky_module
 from bridgelm.methods import shadow as shadow_module
 from bridgelm.methods.bridge import Bridge
-from bridgelm.policy import Grads
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads
 from bridgelm.types import Batch, Row, Verdict
 
 TWO_GROUPS = batching.make_batch([row((1,), [0.0], 1.0, group) for group in (0, 1)])

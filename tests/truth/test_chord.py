@@ -17,14 +17,15 @@ from mutants import Swaps, mutate
 from table import Hands, Table, data, log_probs, method_of, row, slope, thetas, tokens, update
 from transformer import wide_norm
 
-from bridgelm import batching, credit, losses
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import chord as chord_module
 from bridgelm.methods.base import Method
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.joint import Joint
 from bridgelm.methods.sft import Sft
+from bridgelm.model import batching
+from bridgelm.objective import credit, losses
 from bridgelm.types import Live, Row
 from tiny import open_session, raw_config
 

@@ -15,10 +15,11 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm import methods_info, training
-from bridgelm.batching import make_batch
-from bridgelm.config import make_config
+from bridgelm.config import catalogue
+from bridgelm.config.run_config import make_config
 from bridgelm.methods import METHODS, bridge, chord, hpt, joint, token_lead, trapo
+from bridgelm.model.batching import make_batch
+from bridgelm.training import loop
 from tiny import open_session, raw_config
 
 STEPS = 2
@@ -36,7 +37,7 @@ def _wide_norm() -> Iterator[None]:
 def course(folder: Path, method: dict[str, Any], **changes: Any) -> Course:
     """What each of the steps hands to theta's optimiser."""
     raw = raw_config(folder, method, steps=STEPS, **changes)
-    if methods_info.needs(method["name"]) & {"teacher", "behaviour"}:
+    if catalogue.needs(method["name"]) & {"teacher", "behaviour"}:
         raw["teacher"] = {"name_or_path": raw["model"]["name_or_path"]}
     session = open_session(make_config(raw))
     apply, handed = session.policy.apply, []
@@ -48,7 +49,7 @@ def course(folder: Path, method: dict[str, Any], **changes: Any) -> Course:
 
     session.policy.apply = spy
     for _ in range(STEPS):
-        training.take_step(session)
+        loop.take_step(session)
     session.folder.close()
     session.roll.grader.close()
     return handed

@@ -33,7 +33,7 @@ from transformer import (
 
 from bridgelm.errors import UserError
 from bridgelm.methods import bridge
-from bridgelm.policy import Policy
+from bridgelm.model.policy import Policy
 from bridgelm.types import Row, Verdict
 
 LR, BETA, LAM, KL = 0.05, 0.02, 0.3, 0.3

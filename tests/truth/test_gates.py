@@ -14,12 +14,12 @@ import torch
 from bigram import END, V, World, ids_of, method_of, probability, problem, slope
 from mutants import Swaps, mutate
 
-from bridgelm.batching import make_batch
 from bridgelm.errors import UserError
 from bridgelm.methods import hpt as hpt_module
 from bridgelm.methods import relift as relift_module
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.sft import Sft
+from bridgelm.model.batching import make_batch
 from bridgelm.types import Row, Verdict
 
 # Answers of four rollouts of each problem; a 5 in it is right, a 4 is half a reward, a 3 cannot be graded.

@@ -13,12 +13,12 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm import batching, forward, grads
-from bridgelm.batching import make_batch
+from bridgelm.config.options.core import SftOptions
 from bridgelm.methods import gift as gift_module
 from bridgelm.methods.sft import Sft
-from bridgelm.options.core import SftOptions
-from bridgelm.policy import Grads
+from bridgelm.model import batching, forward, grads
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Grads
 from bridgelm.types import Row
 
 Open = Callable[..., Any]

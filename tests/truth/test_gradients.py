@@ -24,8 +24,8 @@ from transformer import (
 )
 from transformers.models.qwen2 import modeling_qwen2
 
-from bridgelm import groups as groups_module
-from bridgelm.policy import Policy
+from bridgelm.model import groups as groups_module
+from bridgelm.model.policy import Policy
 
 NARROW = modeling_qwen2.Qwen2RMSNorm.forward  # as it ships
 

@@ -16,14 +16,14 @@ from checks import close
 from hand import advantages, gather, opened, same, sessions, slope, weights
 from mutants import Swaps, mutate
 
-from bridgelm.batching import make_batch
-from bridgelm.chat import Chat
-from bridgelm.config import load_config
-from bridgelm.data import Data
+from bridgelm.config.options.shaping import GtaOptions
+from bridgelm.config.run_config import load_config
+from bridgelm.data.chat import Chat
+from bridgelm.data.cursors import Data
 from bridgelm.errors import UserError
 from bridgelm.methods import gta as gta_module
-from bridgelm.options.shaping import GtaOptions
-from bridgelm.policy import Grads
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Grads
 from bridgelm.types import Completion
 from tiny import TEMPLATE, save_tokenizer
 

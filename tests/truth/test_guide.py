@@ -23,12 +23,13 @@ from ratios import ANSWERS, JOINT_2, PROBLEM, SHADOW_2, logp_2, prob, row, slope
 from torch import Tensor
 from transformer import VOCABULARY, all_logps, build, merged, spread, wide_norm
 
-from bridgelm import batching, losses
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.methods import guide as guide_module
-from bridgelm.policy import Grads, Policy
+from bridgelm.model import batching
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.objective import losses
 from bridgelm.types import Live, Row, Verdict
 
 GUIDE, THETA = 1.2, 0.4

@@ -21,9 +21,11 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import PROBLEM, VOCABULARY, build, build_policy, make_batch, merged, wide_norm
 
-from bridgelm import grads, losses, teacher, teacher_ids
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.methods import kdrl as kdrl_module
+from bridgelm.model import grads
+from bridgelm.objective import losses
+from bridgelm.rollout import teacher, teacher_ids
 from bridgelm.types import Grade, Row, Verdict
 from tiny import exact_norms, open_session, raw_config, save_model
 

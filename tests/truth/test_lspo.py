@@ -17,12 +17,12 @@ from exact import run_config
 from mutants import Swaps, mutate
 from transformer import VOCABULARY, all_logps, build, merged, spread, wide_norm
 
-from bridgelm.batching import make_batch
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.methods import lspo as lspo_module
-from bridgelm.policy import Policy
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Policy
 from bridgelm.types import Demo, Problem, Row, Verdict
 
 BETA, FIT = 0.3, 3

@@ -30,9 +30,9 @@ from table import (
     update,
 )
 
-from bridgelm import batching
 from bridgelm.errors import UserError
 from bridgelm.methods import luffy as luffy_module
+from bridgelm.model import batching
 from bridgelm.types import Live, Row, Verdict
 
 NOW, OLD = thetas()

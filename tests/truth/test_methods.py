@@ -14,9 +14,10 @@ from exact import Quadratic, Stub, bridge_walk, run_config, walk
 from mutants import mutate
 from transformer import bridge_method, build_policy, make_batch, make_rows, wide_norm
 
-from bridgelm import batching, losses
 from bridgelm.methods import METHODS, bridge
 from bridgelm.methods import joint as joint_module
+from bridgelm.model import batching
+from bridgelm.objective import losses
 from bridgelm.types import Problem, Row
 
 Q = Quadratic()

@@ -16,17 +16,19 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm import batching, grads, losses, methods_info
-from bridgelm.batching import make_batch
-from bridgelm.config import make_config
+from bridgelm.config import catalogue
+from bridgelm.config.options.core import GrpoOptions, SftOptions
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import dft as dft_module
 from bridgelm.methods import fdiv_sft as fdiv_module
 from bridgelm.methods import rft as rft_module
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.sft import Sft
-from bridgelm.options.core import GrpoOptions, SftOptions
-from bridgelm.policy import Grads
+from bridgelm.model import batching, grads
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Grads
+from bridgelm.objective import losses
 from bridgelm.types import Grade, Live, Problem, Row, Verdict
 from tiny import raw_config
 
@@ -448,7 +450,7 @@ def test_what_fdiv_refuses_and_draws(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(UserError, match="penalty = 'own' needs another divergence"):
         make_config(raw_config(tmp_path, {"name": "fdiv_sft", "divergence": "total_variation", "penalty": "own"}))
     session = opened({"name": "fdiv_sft", "penalty": "own"})
-    assert methods_info.samples(session.method.options)
+    assert catalogue.samples(session.method.options)
     rows = session.method.gather(session.data, session.roll, 0)
     assert {row.kind: set(row.streams) for row in rows} == {"demo": {"nll"}, "rollout": {"tie"}}
     assert all(row.ref_logps is not None for row in rollouts(rows))

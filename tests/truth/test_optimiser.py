@@ -18,9 +18,9 @@ from checks import rest_z
 from exact import LAMBDAS, OneSum, Quadratic, Shipped, TwoPrompts, run_config, walk
 from transformer import bridge_method, build_policy, make_batch, make_rows, wide_norm
 
-from bridgelm import optim
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.methods.bridge import Bridge
+from bridgelm.model import optim
 
 
 @pytest.fixture(autouse=True)

@@ -20,12 +20,12 @@ import torch
 from exact import run_config
 from mutants import Swaps, mutate
 
-from bridgelm import batching, grads
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import pear as pear_module
 from bridgelm.methods.sft import Sft
-from bridgelm.rollout import author_logps
+from bridgelm.model import batching, grads
+from bridgelm.rollout.roller import author_logps
 from bridgelm.types import Demo, Live, Problem, Row
 from tiny import open_session, raw_config, save_model
 

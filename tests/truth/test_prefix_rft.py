@@ -15,10 +15,10 @@ import torch
 from bigram import END, Answer, V, World, ids_of, method_of, problem, slope
 from mutants import Swaps, mutate
 
-from bridgelm.batching import make_batch
 from bridgelm.errors import UserError
 from bridgelm.methods import prefix_rft as prefix_module
 from bridgelm.methods.grpo import Grpo
+from bridgelm.model.batching import make_batch
 
 LONG = " ".join(str(1 + (3 * i) % 5) for i in range(20))
 PROBLEMS = [problem("a", "1 1", LONG), problem("b", "1 2", "5 4 3 2 1 5 4 3 2 1"), problem("c", "2 1", "3 1 4 1 5 2"),
@@ -292,7 +292,7 @@ def test_mutant_is_seen(name: str) -> None:
 
 
 def test_several_updates_keep_hybrids_with_their_group() -> None:
-    from bridgelm.batching import split_rows
+    from bridgelm.model.batching import split_rows
 
     rows = world().step(3).rows
     for part in split_rows(rows, 2):

@@ -15,13 +15,13 @@ from mutants import mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm import probe as probe_module
-from bridgelm import training
-from bridgelm.batching import halves, make_batch
-from bridgelm.config import make_config
-from bridgelm.diagnose_measure import measure_saved
-from bridgelm.metrics import read_lines
-from bridgelm.runs import Run
+from bridgelm.config.run_config import make_config
+from bridgelm.diagnosis.measure import measure_saved
+from bridgelm.model.batching import halves, make_batch
+from bridgelm.runs.folder import read_lines
+from bridgelm.runs.reader import Run
+from bridgelm.training import loop
+from bridgelm.training import probe as probe_module
 from bridgelm.types import Row
 from tiny import raw_config
 
@@ -55,7 +55,7 @@ def course(run: Run, probes: bool) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", [COLD_START, {"name": "bridge", "probe_every": 2}],
                          ids=lambda m: m["name"])
 def test_a_run_is_the_same_bit_for_bit_with_and_without(tmp_path: Path, method: dict[str, Any]) -> None:
-    plain, probed = (training.train(make_config(raw(tmp_path, method, f"probed-{on}", on)), quiet=True)
+    plain, probed = (loop.train(make_config(raw(tmp_path, method, f"probed-{on}", on)), quiet=True)
                      for on in (False, True))
     assert course(plain, False) == course(probed, False)
     weights = [(run.path / "final" / "model.safetensors").read_bytes() for run in (plain, probed)]
@@ -67,19 +67,19 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(tmp_path: Path, method: 
 
 @pytest.mark.parametrize("stop", [3, 4], ids=["between stages", "mid-stage"])
 def test_a_resumed_run_takes_the_same_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    whole = training.train(make_config(raw(tmp_path, COLD_START, "whole", True)), quiet=True)
-    take_step = training.take_step
+    whole = loop.train(make_config(raw(tmp_path, COLD_START, "whole", True)), quiet=True)
+    take_step = loop.take_step
 
     def stopped(session: Any) -> Any:
         found = take_step(session)
         session.stop = session.step == stop
         return found
 
-    monkeypatch.setattr(training, "take_step", stopped)
-    with pytest.raises(training.Interrupted):
-        training.train(make_config(raw(tmp_path, COLD_START, "parts", True)), quiet=True)
-    monkeypatch.setattr(training, "take_step", take_step)
-    parts = training.resume(tmp_path / "runs" / "parts", quiet=True)
+    monkeypatch.setattr(loop, "take_step", stopped)
+    with pytest.raises(loop.Interrupted):
+        loop.train(make_config(raw(tmp_path, COLD_START, "parts", True)), quiet=True)
+    monkeypatch.setattr(loop, "take_step", take_step)
+    parts = loop.resume(tmp_path / "runs" / "parts", quiet=True)
     assert course(whole, True) == course(parts, True)
 
 
@@ -204,7 +204,7 @@ def test_the_sample_is_the_same_for_every_seed_and_held_out_where_it_can_be(sess
 
 def test_saved_models_measured_afterwards_give_the_same_numbers(tmp_path: Path) -> None:
     method = {"name": "sequence", "stages": [{"method": {"name": "sft"}, "steps": 2}, {"method": {"name": "joint"}}]}
-    run = training.train(make_config(raw_config(tmp_path, method, steps=4, diagnose=PROBE)), quiet=True)
+    run = loop.train(make_config(raw_config(tmp_path, method, steps=4, diagnose=PROBE)), quiet=True)
     taken = {event["step"]: event for event in run.events if event["event"] == "probe"}
     rows = {row["step"]: row for row in read_lines(measure_saved(Run(run.path)))}
     assert {0, 2, 4} <= set(rows) and rows[4]["start"] == 2 and rows[2]["start"] == 0

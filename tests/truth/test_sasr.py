@@ -15,9 +15,9 @@ from checks import close
 from exact import Quadratic, Shipped, Stub, run_config
 from mutants import Swaps, mutate
 
-from bridgelm import batching
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.methods import sasr as sasr_module
+from bridgelm.model import batching
 from bridgelm.types import Problem, Row, Verdict
 
 PROBLEM = Problem("p", ())

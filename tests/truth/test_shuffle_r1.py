@@ -15,11 +15,11 @@ from checks import close
 from hand import advantages, gather, opened, same, sessions, slope, weights
 from mutants import Swaps, mutate
 
-from bridgelm import batching
-from bridgelm.batching import make_batch
-from bridgelm.config import load_config, make_config
+from bridgelm.config.run_config import load_config, make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import shuffle_r1 as shuffle_module
+from bridgelm.model import batching
+from bridgelm.model.batching import make_batch
 from bridgelm.types import Row
 from tiny import raw_config
 

@@ -12,9 +12,9 @@ from mutants import GAIN, mutate
 from torch import Tensor
 from transformer import bridge_method, build_policy, make_batch, make_rows, wide_norm
 
-from bridgelm import grads
 from bridgelm.methods import bridge as bridge_module
-from bridgelm.policy import Policy
+from bridgelm.model import grads
+from bridgelm.model.policy import Policy
 
 Weights = dict[str, dict[str, Tensor]]
 LR, BETA, LAM = 0.05, 0.02, 0.3

@@ -15,9 +15,10 @@ from exact import run_config
 from mutants import Swaps, mutate
 from table import Hands, Table, data, entropy, entropy_slope, log_probs, method_of, row, slope, thetas, tokens, update
 
-from bridgelm import batching, methods_info
+from bridgelm.config import catalogue
 from bridgelm.errors import UserError
 from bridgelm.methods import srft as srft_module
+from bridgelm.model import batching
 from bridgelm.types import Live, Row, Verdict
 
 NOW, OLD = thetas(4)
@@ -264,4 +265,4 @@ def test_refills_are_refused() -> None:
 
 def test_its_steps_count_as_steps_with_rollouts() -> None:
     """Though it has no table `rl`: what compares runs at equal rollouts goes by this."""
-    assert methods_info.sampling_steps(run_config({"name": "srft"}, steps=9)) == 9
+    assert catalogue.sampling_steps(run_config({"name": "srft"}, steps=9)) == 9

@@ -17,9 +17,9 @@ from checks import close
 from hand import advantages, gather, opened, same, sessions, slope, weights
 from mutants import Swaps, mutate
 
-from bridgelm.batching import make_batch
-from bridgelm.config import load_config
+from bridgelm.config.run_config import load_config
 from bridgelm.methods import staged as staged_module
+from bridgelm.model.batching import make_batch
 
 ROOT = Path(__file__).parents[2]
 Check = Callable[[ModuleType, Path], None]

@@ -14,12 +14,12 @@ import torch
 from hand import Script, advantages, gather, moved, opened, put, same, sessions, slope, weights
 from mutants import Swaps, mutate
 
-from bridgelm.batching import make_batch
-from bridgelm.config import load_config
+from bridgelm.config.run_config import load_config
 from bridgelm.errors import UserError
 from bridgelm.methods import data_mixing as mixing_module
 from bridgelm.methods import interleaved as interleaved_module
 from bridgelm.methods.joint import Joint
+from bridgelm.model.batching import make_batch
 from bridgelm.types import Verdict
 
 ROOT = Path(__file__).parents[2]

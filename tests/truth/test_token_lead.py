@@ -26,9 +26,9 @@ from transformer import (
     wide_norm,
 )
 
-from bridgelm import training
 from bridgelm.methods import token_lead as token_lead_module
-from bridgelm.policy import Policy
+from bridgelm.model.policy import Policy
+from bridgelm.training import loop
 from bridgelm.types import Batch, Demo, Problem, Row, Verdict
 
 MU, DECAY, ETA, LIMIT, BETA2, EPS = 0.6, 0.7, 0.8, 1.3, 0.95, 1e-2
@@ -400,7 +400,7 @@ def test_eta_zero_is_joint(session: Callable[..., Any]) -> None:
     runs = [session({"name": name, "mu": MU, **more}, optim={"eps": 1e-3})
             for name, more in (("joint", {}), ("token_lead", {"eta": 0.0}), ("token_lead", {"eta": 1.0}))]
     for _ in range(3):
-        joint, same, other = (training.take_step(run) for run in runs)
+        joint, same, other = (loop.take_step(run) for run in runs)
         assert same["reward"] == joint["reward"]
         assert same["grad_norm/theta"] == pytest.approx(joint["grad_norm/theta"], rel=1e-9)
         assert same["loss/nll"] * MU / (1 + MU) == pytest.approx(joint["loss/nll"], rel=1e-9)

@@ -18,10 +18,10 @@ from checks import close
 from exact import run_config
 from mutants import Swaps, mutate
 
-from bridgelm import batching
 from bridgelm.errors import UserError
 from bridgelm.methods import sft as sft_module
 from bridgelm.methods import trapo as trapo_module
+from bridgelm.model import batching
 from bridgelm.types import Demo, Live, Problem, Row, Verdict
 
 EXPERT = np.array([0.45, 0.25, 0.15, 0.08, 0.05, 0.02])

@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen2 import modeling_qwen2
 
-from bridgelm import batching
-from bridgelm.config import OptimConfig
+from bridgelm.config.run_config import OptimConfig
 from bridgelm.ledger import Ledger
 from bridgelm.methods.bridge import Bridge
-from bridgelm.policy import Policy
+from bridgelm.model import batching
+from bridgelm.model.policy import Policy
 from bridgelm.types import Batch, Problem, Row, Verdict
 
 from exact import run_config  # isort: skip

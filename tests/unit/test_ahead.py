@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm import training
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.engine import NativeEngine, Request, Sampling
 from bridgelm.engine.ahead import Pending
 from bridgelm.engine.vllm import Answer, VllmEngine
 from bridgelm.errors import UserError
-from bridgelm.rollout import Roller
+from bridgelm.rollout.roller import Roller
+from bridgelm.training import loop
 from bridgelm.types import Completion, Row
 from tiny import open_session
 
@@ -46,7 +46,7 @@ def test_each_steps_answers_come_from_the_weights_before(raw: Raw, monkeypatch: 
         weights.append({n: w.clone() for n, w in self.policy.weights().items()})
         return settle(self, found)
     monkeypatch.setattr(Roller, "settle", spy)
-    run = training.train(config, quiet=True)
+    run = loop.train(config, quiet=True)
     taken = steps(run.path)
     assert [event["engine/stale_steps"] for event in taken] == [0, 1, 1, 1]
     assert "engine/mismatch_kl" not in taken[0]
@@ -75,7 +75,7 @@ def test_nothing_is_drawn_twice_and_the_ledger_is_the_same(raw: Raw) -> None:
     spent = {}
     for ahead in (False, True):
         config = make_config(raw(optim={"lr": 1e-12}, name=f"run-{ahead}", rollout={**ROLLOUT, "ahead": ahead}))
-        last = steps(training.train(config, quiet=True).path)[-1]
+        last = steps(loop.train(config, quiet=True).path)[-1]
         spent[ahead] = {key: last[key] for key in ("flops/generate", "flops/train", "rollouts")}
         score = last["flops/score"]
         assert (score > 0) == ahead, "the trainer's own log-probs when they are used"
@@ -84,23 +84,23 @@ def test_nothing_is_drawn_twice_and_the_ledger_is_the_same(raw: Raw) -> None:
 
 @pytest.mark.parametrize("method", ["grpo", "joint"])
 def test_a_resumed_run_is_the_uninterrupted_one(raw: Raw, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    whole = training.train(make_config(raw(method, name="whole", rollout=ROLLOUT)), quiet=True)
+    whole = loop.train(make_config(raw(method, name="whole", rollout=ROLLOUT)), quiet=True)
     config = make_config(raw(method, name="cut", rollout=ROLLOUT))
-    take = training.take_step
+    take = loop.take_step
 
     def stop(session: Any) -> Any:
         if session.step == 3:
             raise KeyboardInterrupt
         return take(session)
-    monkeypatch.setattr(training, "take_step", stop)
+    monkeypatch.setattr(loop, "take_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        training.train(config, quiet=True)
-    monkeypatch.setattr(training, "take_step", take)
+        loop.train(config, quiet=True)
+    monkeypatch.setattr(loop, "take_step", take)
     path = Path(config.out) / "cut"
     state = json.loads(next((path / "checkpoints").glob("*/state.json")).read_text())
     assert state["step"] == 2
     assert len(state["ahead"]["completions"]) == 16
-    resumed = training.resume(path, quiet=True)
+    resumed = loop.resume(path, quiet=True)
     assert steps(resumed.path) == steps(whole.path)
 
 
@@ -111,7 +111,7 @@ def test_what_goes_on_differently_is_drawn_anew(raw: Raw, monkeypatch: pytest.Mo
     before, loaded = session.data.state(), list[Any]()
     monkeypatch.setattr(session.method, "state", lambda: {"counted": np.int64(3)})
     monkeypatch.setattr(session.method, "load", loaded.append)
-    training.ask_ahead(session.method, session.data, session.roll, 0)
+    loop.ask_ahead(session.method, session.data, session.roll, 0)
     assert session.data.state() == before
     assert loaded == [{"counted": 3}]
     assert session.roll.pending is not None
@@ -142,12 +142,12 @@ def test_refusals(raw: Raw) -> None:
         make_config(raw(rollout={**ROLLOUT, "refill": 1}))
     config = make_config(raw({"name": "guide"}, rollout=ROLLOUT))
     with pytest.raises(UserError, match=r"rollout.ahead: method 'guide' draws 2 times in step 1, .*ahead = false"):
-        training.train(config, quiet=True)
+        loop.train(config, quiet=True)
 
 
 def test_a_new_stage_begins_with_answers_of_its_own(raw: Raw) -> None:
     stages = [{"method": {"name": "grpo"}, "steps": 2}, {"method": {"name": "grpo"}, "steps": 2}]
-    run = training.train(make_config(raw({"name": "sequence", "stages": stages}, rollout=ROLLOUT)), quiet=True)
+    run = loop.train(make_config(raw({"name": "sequence", "stages": stages}, rollout=ROLLOUT)), quiet=True)
     assert [event["engine/stale_steps"] for event in steps(run.path)] == [0, 1, 0, 1]
 
 

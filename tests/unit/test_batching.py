@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm.batching import collate, idle, make_batch, plan, split_rows
+from bridgelm.model.batching import collate, idle, make_batch, plan, split_rows
 from bridgelm.types import Problem, Row
 
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},))

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridgelm import benchmark_scores, benchmark_tables, benchmarks, contamination, stats, suites
-from bridgelm.benchmarks import Wanted
-from bridgelm.chat import Chat
-from bridgelm.cli import main
+from bridgelm.analysis import stats
+from bridgelm.benchmarks import contamination, scores, suites, tables
+from bridgelm.benchmarks import run as benchmarks
+from bridgelm.benchmarks.prompts import PromptFormat, formats, prompt_format
+from bridgelm.benchmarks.run import Wanted
+from bridgelm.benchmarks.suites import Items, Suite
+from bridgelm.cli.main import main
+from bridgelm.data.chat import Chat
 from bridgelm.errors import UserError
-from bridgelm.prompts import PromptFormat, formats, prompt_format
-from bridgelm.suites import Items, Suite
 from bridgelm.types import Problem
 from tokens import LLAMA, QWEN, THINK, byte_level
 
@@ -242,7 +244,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(evaluate: Callable, sum
 
 
 def test_what_a_model_says_decides_its_digest(tmp_path: Path) -> None:
-    from bridgelm.config import ModelConfig
+    from bridgelm.config.run_config import ModelConfig
     from tiny import save_model
 
     folders = {name: save_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))}
@@ -310,7 +312,7 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer() -> None:
     verdicts = {"a": "cwwc", "b": "wwww", "c": "cccw"}
     spelled = {"c": "correct", "w": "wrong"}
     rows = [row(item, i, spelled[v]) for item, text in verdicts.items() for i, v in enumerate("w" + text)]
-    found = benchmark_scores.summary(suite(level=None), [task("x", item) for item in verdicts], rows, 4)["sampled"]
+    found = scores.summary(suite(level=None), [task("x", item) for item in verdicts], rows, 4)["sampled"]
     for k in (1, 2, 4):
         shares = [np.mean(["c" in subset for subset in itertools.combinations(text, k)]) for text in verdicts.values()]
         assert found["pass"][str(k)]["value"] == pytest.approx(np.mean(shares))
@@ -320,22 +322,22 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer() -> None:
 
 def test_failures_of_the_grader_are_told_and_left_out() -> None:
     rows = [row("a", 0, "correct"), row("b", 0, "error"), row("c", 0, "wrong")]
-    found = benchmark_scores.summary(suite(level=None), [task("x", item) for item in "abc"], rows, 0)["greedy"]
+    found = scores.summary(suite(level=None), [task("x", item) for item in "abc"], rows, 0)["greedy"]
     assert (found["accuracy"], found["n"], found["errors"]) == (0.5, 2, pytest.approx(1 / 3))
 
 
 def test_macro_weighs_suites_and_micro_items() -> None:
-    found = benchmark_scores.averages({"a": dict.fromkeys("abcd", 1.0), "b": {"x": 0.0}})
+    found = scores.averages({"a": dict.fromkeys("abcd", 1.0), "b": {"x": 0.0}})
     assert (found["macro"]["value"], found["micro"]["value"]) == (0.5, 0.8)
 
 
 def test_an_interval_of_equal_scores_is_not_a_point() -> None:
-    assert benchmark_scores.bootstrap([[0.0] * 30]) == list(stats.wilson(0, 30))
+    assert scores.bootstrap([[0.0] * 30]) == list(stats.wilson(0, 30))
 
 
 def test_bootstrap_interval_matches_the_normal_one() -> None:
     values = np.random.default_rng(1).random(400)
-    low, high = benchmark_scores.bootstrap([list(values)])
+    low, high = scores.bootstrap([list(values)])
     half = 1.96 * values.std(ddof=1) / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.004)
 
@@ -346,22 +348,22 @@ def test_the_paired_p_equals_that_of_all_sign_patterns() -> None:
     gaps = np.array([first[item] - second[item] for item in first])
     patterns = np.array(list(itertools.product((-1, 1), repeat=8)))
     exact = np.mean(np.abs(patterns @ gaps) >= abs(gaps.sum()) - 1e-12)
-    found = benchmark_scores.compare({"s": first}, {"s": second})["s"]
+    found = scores.compare({"s": first}, {"s": second})["s"]
     assert found["p"] == pytest.approx(exact, abs=0.01)
     assert (found["difference"], found["better"], found["worse"]) == (pytest.approx(gaps.mean()), 5, 1)
 
 
 def test_greedy_answers_are_compared_by_mcnemar_on_common_items() -> None:
     first, second = {"a": 1.0, "b": 1.0, "c": 1.0, "only": 0.0}, {"a": 0.0, "b": 0.0, "c": 0.0, "other": 1.0}
-    found = benchmark_scores.compare({"s": first}, {"s": second})["s"]
+    found = scores.compare({"s": first}, {"s": second})["s"]
     assert (found["p"], found["n"], found["difference"]) == (stats.mcnemar(first, second), 3, 1.0)
 
 
 def test_published_numbers_stand_apart_and_are_called_so() -> None:
-    lines = benchmark_tables._published(["math500", "gsm8k", "amc23"])
+    lines = tables._published(["math500", "gsm8k", "amc23"])
     assert "The paper's numbers, not ours" in "\n".join(lines)
     assert "| RL-zero | 64.4 | 40.0 | 52.2 |" in lines
-    assert benchmark_tables._published(["gsm8k"]) == []
+    assert tables._published(["gsm8k"]) == []
 
 
 # -- contamination -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridgelm.chat import Chat, load_chat, load_tokenizer
-from bridgelm.config import ModelConfig
+from bridgelm.config.run_config import ModelConfig
+from bridgelm.data.chat import Chat, load_chat, load_tokenizer
 from bridgelm.errors import UserError
 from bridgelm.types import Demo, Problem
 from tokens import DIFFERENT, LLAMA, QWEN, THINK, byte_level, word_level

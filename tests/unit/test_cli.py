@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import bridgelm
-from bridgelm import methods_info, preflight
-from bridgelm.cli import main, parse
-from bridgelm.cli_eval import format_result
-from bridgelm.config import absolute, load_config, make_config
+from bridgelm.cli.evaluate import format_result
+from bridgelm.cli.main import main, parse
+from bridgelm.config import catalogue
+from bridgelm.config.run_config import absolute, load_config, make_config
 from bridgelm.errors import UserError
+from bridgelm.runs import preflight
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "toy").glob("*.toml"))
@@ -230,32 +231,32 @@ def test_version_and_help() -> None:
 def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(methods_info.option_classes())
+    assert [line.split()[0] for line in lines] == list(catalogue.option_classes())
     assert not any("(no description)" in line for line in lines)
 
 
 def test_show_reads_equation_defaults_and_sources_from_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "bridge"]) == 0
     text = capsys.readouterr().out
-    for part in (methods_info.docstring("bridge"), "Needs of the data: demos", "lambda = 0.5",
+    for part in (catalogue.docstring("bridge"), "Needs of the data: demos", "lambda = 0.5",
                  "rank = 16", "rl.clip_low = 0.2", "truncation of the shadow's token ratio",
                  'preset = "paper" sets'):
         assert part in text
-    for row in methods_info.option_rows(methods_info.find("bridge")):
+    for row in catalogue.option_rows(catalogue.find("bridge")):
         assert f"  {row.key} = {row.default}" in text
 
 
-@pytest.mark.parametrize("name", methods_info.option_classes())
+@pytest.mark.parametrize("name", catalogue.option_classes())
 def test_needs_are_read_as_the_class_has_them(name: str) -> None:
     from bridgelm.methods import METHODS
 
-    assert methods_info.needs(name) == METHODS[name].needs
+    assert catalogue.needs(name) == METHODS[name].needs
 
 
 def test_the_needs_of_a_sequence_are_those_of_its_stages() -> None:
     config = load_config(ROOT / "recipes" / "toy" / "cold_start.toml")
-    assert methods_info.needs_of(config.method) == {"demos"}
-    assert methods_info.needs_of(load_config(ROOT / "recipes" / "toy" / "grpo.toml").method) == frozenset()
+    assert catalogue.needs_of(config.method) == {"demos"}
+    assert catalogue.needs_of(load_config(ROOT / "recipes" / "toy" / "grpo.toml").method) == frozenset()
 
 
 def test_init_writes_a_file_that_checks_once_the_data_is_there(place: Path, capsys: pytest.CaptureFixture[str],
@@ -357,7 +358,7 @@ def test_an_interrupt_says_how_to_go_on(place: Path, work: dict[str, Any], monke
     def stop(*_: Any, **__: Any) -> None:
         raise Interrupted(Path("runs/my"))
 
-    monkeypatch.setattr(sys.modules["bridgelm.training"], "train", stop)
+    monkeypatch.setattr(sys.modules["bridgelm.training.loop"], "train", stop)
     assert main(["train", "my.toml"]) == 130
     assert capsys.readouterr().err == "interrupted; go on with: bridgelm train --resume runs/my\n"
 
@@ -432,9 +433,9 @@ def test_parse_keeps_the_order_of_overrides() -> None:
 def test_corrupt_weights_are_a_user_error(tmp_path):
     import shutil
 
-    from bridgelm.config import ModelConfig
-    from bridgelm.loading import load_model
-    from bridgelm.model_shapes import model_path
+    from bridgelm.config.run_config import ModelConfig
+    from bridgelm.data.model_shapes import model_path
+    from bridgelm.model.loading import load_model
 
     folder = tmp_path / "model"
     shutil.copytree(model_path("toy:base"), folder)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridgelm.config import RunConfig, load_config, make_config, stage_steps
+from bridgelm.config.options import BRIDGE_PRESETS, BridgeOptions, SequenceOptions
+from bridgelm.config.run_config import RunConfig, load_config, make_config, stage_steps
 from bridgelm.errors import UserError
-from bridgelm.options import BRIDGE_PRESETS, BridgeOptions, SequenceOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "toy"
 
@@ -236,7 +236,7 @@ def test_numbers_that_would_fail_later_are_refused(change):
 
 
 def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
-    from bridgelm.config import absolute
+    from bridgelm.config.run_config import absolute
 
     monkeypatch.chdir(tmp_path)
     raw = {**_sequence(False), "data": {"train": "a.jsonl", "test": "hf:x/y"},
@@ -249,8 +249,8 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 
 
 def test_a_home_folder_is_expanded_and_mps_is_refused(monkeypatch):
-    from bridgelm.model_shapes import model_path
-    from bridgelm.preflight import check_static
+    from bridgelm.data.model_shapes import model_path
+    from bridgelm.runs.preflight import check_static
 
     monkeypatch.setenv("HOME", "/somewhere")
     assert model_path("~/model") == "/somewhere/model"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bridgelm.chat import Chat
-from bridgelm.config import RunConfig, make_config
-from bridgelm.data import ById, Data, Splits, check_lengths, load_splits
-from bridgelm.data_schema import to_problem
-from bridgelm.data_sources import Source, read
-from bridgelm.data_splits import prompt_key
+from bridgelm.config.run_config import RunConfig, make_config
+from bridgelm.data.chat import Chat
+from bridgelm.data.cursors import ById, Data, Splits, check_lengths, load_splits
+from bridgelm.data.schema import to_problem
+from bridgelm.data.sources import Source, read
+from bridgelm.data.splits import prompt_key
 from bridgelm.errors import UserError
 from bridgelm.types import Demo, Problem
 

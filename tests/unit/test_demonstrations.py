@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import bridgelm
-from bridgelm import demonstrations
-from bridgelm.chat import load_chat
-from bridgelm.cli import main
-from bridgelm.config import ModelConfig, RunConfig, load_config, make_config
-from bridgelm.data import Data, check_lengths, load_splits
-from bridgelm.data_schema import to_problem
-from bridgelm.data_sources import Source
-from bridgelm.demonstrations import Wanted, write_demos
+from bridgelm.cli.main import main
+from bridgelm.config.run_config import ModelConfig, RunConfig, load_config, make_config
+from bridgelm.data.chat import load_chat
+from bridgelm.data.cursors import Data, check_lengths, load_splits
+from bridgelm.data.schema import to_problem
+from bridgelm.data.sources import Source
 from bridgelm.engine import NativeEngine
 from bridgelm.errors import UserError
+from bridgelm.rollout import demonstrations
+from bridgelm.rollout.demonstrations import Wanted, write_demos
 from bridgelm.types import Completion, Problem
 
 Raw = Callable[..., dict[str, Any]]
@@ -88,8 +88,8 @@ def test_what_is_written_reads_back_as_what_was_drawn(tmp_path: Path, drawn: lis
 
 def test_a_teacher_asked_again_says_the_same(tmp_path: Path) -> None:
     """The log-probs in the file are those that `[teacher]` would give for the same demonstrations."""
-    from bridgelm.rollout import author_logps
-    from bridgelm.teacher import Teacher
+    from bridgelm.rollout.roller import author_logps
+    from bridgelm.rollout.teacher import Teacher
     from bridgelm.types import Row
 
     config, out = toy(tmp_path), tmp_path / "demos.jsonl"
@@ -108,7 +108,7 @@ def test_a_teacher_asked_again_says_the_same(tmp_path: Path) -> None:
 
 
 def test_only_right_ones_are_kept_as_the_verifier_says(tmp_path: Path) -> None:
-    from bridgelm.toy.data import grade
+    from bridgelm.data.toy.data import grade
 
     config, out = toy(tmp_path), tmp_path / "demos.jsonl"
     counts = write_demos(config, out, Wanted(samples=6, keep=1, keep_wrong=True))
@@ -145,7 +145,7 @@ def test_a_sample_that_reads_back_otherwise_is_scored_as_it_will_be_read(raw: Ra
     balanced(counts)
     assert counts["again"] > 0
     assert counts["kept"] > counts["again"], "and some read back as they are"
-    from bridgelm.loading import load_model
+    from bridgelm.model.loading import load_model
 
     chat, model = load_chat(config.model), load_model(config.model)
     checked = 0

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import bridgelm
-from bridgelm import cli
-from bridgelm.config import make_config
-from bridgelm.diagnose import all_panels
-from bridgelm.diagnose_facts import History, clean_cosine, subjects
-from bridgelm.diagnose_measure import models
+from bridgelm.cli import main
+from bridgelm.config.run_config import make_config
+from bridgelm.diagnosis.diagnose import all_panels
+from bridgelm.diagnosis.facts import History, clean_cosine, subjects
+from bridgelm.diagnosis.measure import models
 from bridgelm.errors import UserError
-from bridgelm.runs import Run
+from bridgelm.runs.reader import Run
 
 ORDERS = {"cold": ("sft", "grpo"), "reverse": ("grpo", "sft")}
 ACCURACY = {0: 0.3, 10: 0.5, 20: 0.6, 30: 0.4, 40: 0.55, 50: 0.65, 60: 0.7}  # a dip of 20 points after the switch at 20
@@ -97,7 +97,7 @@ def test_noise_is_taken_out_of_the_cosine() -> None:
 def test_both_orders_over_seeds_say_what_is_shown_and_what_is_not(tmp_path: Path, capsys: Any) -> None:
     paths = [write(tmp_path, name, seed) for name in ORDERS for seed in (0, 1, 2)]
     out = tmp_path / "out"
-    assert cli.main(["diagnose", *map(str, paths), "--out", str(out)]) == 0
+    assert main.main(["diagnose", *map(str, paths), "--out", str(out)]) == 0
     assert str(out / "diagnosis.md") in capsys.readouterr().out
     text = (out / "diagnosis.md").read_text()
     assert "cold: RL (grpo, steps 20–60) raised the CE of the demonstrations (+0.440 [" in text

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm import batching, forward
-from bridgelm.chat import load_chat
-from bridgelm.config import ModelConfig
+from bridgelm.config.run_config import ModelConfig
+from bridgelm.data.chat import load_chat
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling, decoders, native
 from bridgelm.engine.base import stopped
 from bridgelm.ledger import Ledger
-from bridgelm.loading import load_model
+from bridgelm.model import batching, forward
+from bridgelm.model.loading import load_model
 from bridgelm.types import Completion, Problem, Row
 from tiny import exact_norms
 

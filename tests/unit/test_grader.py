@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies
 
-from bridgelm.cli import main
+from bridgelm.cli.main import main
 from bridgelm.errors import UserError
 from bridgelm.types import Verdict
 from bridgelm.verify import puzzles
 from bridgelm.verify.extract import find
 from bridgelm.verify.grading import Grader, Task, build_judge, checked
-from bridgelm.verify.judge import judge
-from bridgelm.verify.math import MathJudge
-from bridgelm.verify.number import exact
-from bridgelm.verify.spelling import spell
-from bridgelm.verify.units import factor_between, quantity
+from bridgelm.verify.math.grader import MathJudge
+from bridgelm.verify.math.judge import judge
+from bridgelm.verify.math.number import exact
+from bridgelm.verify.math.spelling import spell
+from bridgelm.verify.math.units import factor_between, quantity
 
 ROOT = Path(__file__).parents[2]
 SHARED = os.environ.get("BRIDGELM_DATA")

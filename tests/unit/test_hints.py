@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridgelm import hints
+from bridgelm.data import hints
 from bridgelm.types import Demo, Problem
 
 

@@ -16,15 +16,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bridgelm
-from bridgelm import loading, merging
-from bridgelm.chat import load_chat
-from bridgelm.cli_data import check_data
-from bridgelm.config import ModelConfig, make_config
-from bridgelm.data import check_lengths, load_splits
+from bridgelm.cli.data import check_data
+from bridgelm.config.run_config import ModelConfig, make_config
+from bridgelm.data.chat import load_chat
+from bridgelm.data.cursors import check_lengths, load_splits
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.engine.decoders import make_decoder
 from bridgelm.errors import UserError
-from bridgelm.loading import load_model
+from bridgelm.model import loading
+from bridgelm.model.loading import load_model
+from bridgelm.training import merging
 from tiny import raw_config, save_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgelm import credit, losses
+from bridgelm.objective import credit, losses
 from bridgelm.types import Problem, Row, Verdict
 
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},))

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bridgelm
-from bridgelm import merging
-from bridgelm.cli import main
+from bridgelm.cli.main import main
 from bridgelm.errors import UserError
+from bridgelm.training import merging
 from tiny import save_model
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bridgelm import progress as progress_module
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
-from bridgelm.metrics import RunFolder, git_commit
-from bridgelm.progress import Progress, RunsDisplay, RunView, clock, runs_table, short
-from bridgelm.runs import Run
-from bridgelm.sinks import check_sinks, scalars
+from bridgelm.runs import progress as progress_module
+from bridgelm.runs.folder import RunFolder, git_commit
+from bridgelm.runs.progress import Progress, RunsDisplay, RunView, clock, runs_table, short
+from bridgelm.runs.reader import Run
+from bridgelm.runs.sinks import check_sinks, scalars
 
 CONFIG = make_config({"name": "r", "steps": 10, "model": {"name_or_path": "toy:base"}, "data": {"train": "toy:hops"},
                       "reward": {"verifier": "toy"}, "method": {"name": "grpo"}})

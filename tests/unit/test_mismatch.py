@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm import batching, mismatch, training
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.ledger import Ledger
+from bridgelm.model import batching
+from bridgelm.objective import mismatch
+from bridgelm.training import loop
 from bridgelm.types import Completion, Problem, Row
 from tiny import open_session
 
@@ -61,7 +63,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[Noisy]]:
         def open_engine(config: Any, chat: Any, exchange: Path, caller: Any) -> Noisy:
             made.append(Noisy(NativeEngine(chat.eos_ids, chat.pad_id, chat.text), size))
             return made[-1]
-        monkeypatch.setattr(training, "open_engine", open_engine)
+        monkeypatch.setattr(loop, "open_engine", open_engine)
         return made
     return install
 
@@ -142,7 +144,7 @@ def test_a_run_with_an_engine_that_disagrees(raw: Raw, noisy: Any, tmp_path: Pat
     """It is corrected in what is trained on, logged a step, warned of once; and the engine sleeps while training."""
     made = noisy(0.4)
     seen: list[Row] = []
-    update = training.METHODS["grpo"].update
+    update = loop.METHODS["grpo"].update
 
     def spy(self: Any, policy: Any, batch: Any, step: int) -> Any:
         assert made[-1].slept == step + 1
@@ -151,8 +153,8 @@ def test_a_run_with_an_engine_that_disagrees(raw: Raw, noisy: Any, tmp_path: Pat
     config = make_config(raw(optim={"lr": 1e-9}, rollout={"prompts": 4, "group": 4, "max_new_tokens": 6,
                                                           "correction": 1.2}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.METHODS["grpo"], "update", spy)
-        run = training.train(config, quiet=True)
+        patch.setattr(loop.METHODS["grpo"], "update", spy)
+        run = loop.train(config, quiet=True)
     assert made[-1].closed == 1
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgelm import forward, offload, storage
-from bridgelm.batching import collate
-from bridgelm.config import ModelConfig
-from bridgelm.loading import load_model
+from bridgelm.config.run_config import ModelConfig
+from bridgelm.model import forward, offload, storage
+from bridgelm.model.batching import collate
+from bridgelm.model.loading import load_model
 from bridgelm.types import Micro, Problem, Row
 
 Folder = Callable[..., Path]

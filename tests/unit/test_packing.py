@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm import forward, packing
-from bridgelm.batching import collate, plan
-from bridgelm.config import ModelConfig
-from bridgelm.loading import load_model
+from bridgelm.config.run_config import ModelConfig
+from bridgelm.model import forward, packing
+from bridgelm.model.batching import collate, plan
+from bridgelm.model.loading import load_model
 from bridgelm.types import Micro, Problem, Row
 from tiny import exact_norms
 

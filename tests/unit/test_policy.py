@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgelm import batching, forward, grads
-from bridgelm.batching import make_batch
-from bridgelm.config import ModelConfig, OptimConfig
+from bridgelm.config.run_config import ModelConfig, OptimConfig
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.loading import load_model
-from bridgelm.losses import nll
-from bridgelm.policy import Policy
+from bridgelm.model import batching, forward, grads
+from bridgelm.model.batching import make_batch
+from bridgelm.model.loading import load_model
+from bridgelm.model.policy import Policy
+from bridgelm.objective.losses import nll
 from bridgelm.types import Live, Micro, Problem, Row
 from tiny import exact_norms
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import bridgelm
-from bridgelm import methods_info
-from bridgelm.analysis import disagreement
-from bridgelm.cli import main
-from bridgelm.compare import resolve
-from bridgelm.config import load_config, variant_names
+from bridgelm.analysis.comparison import disagreement
+from bridgelm.cli.main import main
+from bridgelm.comparisons.compare import resolve
+from bridgelm.config import catalogue
+from bridgelm.config.options import parts
+from bridgelm.config.run_config import load_config, variant_names
 from bridgelm.errors import UserError
-from bridgelm.options import parts
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes" / "paper").glob("*.toml"), *(ROOT / "recipes" / "small").glob("*.toml")])
@@ -146,7 +146,7 @@ def test_the_papers_settings() -> None:
             assert name == "adapters" or config.optim == base.optim
             rl = [part.rl for part in parts(config.method) if hasattr(part, "rl")]
             assert all(one == method.rl for one in rl)
-        assert methods_info.sampling_steps(configs["cold_start"]) == base.steps, "as many rollouts as the others"
+        assert catalogue.sampling_steps(configs["cold_start"]) == base.steps, "as many rollouts as the others"
 
 
 CUT = ["device=cpu", "dtype=float32", "gradient_checkpointing=false"]

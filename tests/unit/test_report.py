@@ -24,18 +24,22 @@ from typing import Any
 import pytest
 import scipy.stats
 
-from bridgelm import compare_all, compare_arms, methods_info, report_levels, report_panels
-from bridgelm.analysis import analyse, group, judge
-from bridgelm.compare import compare, resolve, resolve_all
-from bridgelm.compare_runs import Tail
-from bridgelm.config import RunConfig, load_config, make_config
+from bridgelm.analysis import arms as compare_arms
+from bridgelm.analysis.comparison import analyse, group, judge
+from bridgelm.analysis.stats import Difference, mean_interval, wilson
+from bridgelm.comparisons import everything
+from bridgelm.comparisons.compare import compare, resolve, resolve_all
+from bridgelm.comparisons.runs import Tail
+from bridgelm.config import catalogue
+from bridgelm.config.run_config import RunConfig, load_config, make_config
 from bridgelm.errors import UserError
-from bridgelm.report import report
-from bridgelm.report_panels import binned, bridge_panels
-from bridgelm.report_plots import Panel, Series, svg, ticks
-from bridgelm.report_text import what_was_equal
-from bridgelm.runs import Run
-from bridgelm.stats import Difference, mean_interval, wilson
+from bridgelm.reports import levels as report_levels
+from bridgelm.reports import panels as report_panels
+from bridgelm.reports.page import report
+from bridgelm.reports.panels import binned, bridge_panels
+from bridgelm.reports.plots import Panel, Series, svg, ticks
+from bridgelm.reports.text import what_was_equal
+from bridgelm.runs.reader import Run
 
 METHODS = {
     "sft": {"name": "sft"},
@@ -139,7 +143,7 @@ def folder(tmp_path_factory) -> Path:
 def no_figure_files(request, monkeypatch):
     """matplotlib takes most of a report's time; one test draws them."""
     if "figures" not in request.node.name:
-        monkeypatch.setattr(sys.modules["bridgelm.report"], "draw_files", lambda *args: [])
+        monkeypatch.setattr(sys.modules["bridgelm.reports.page"], "draw_files", lambda *args: [])
 
 
 def runs_of(folder: Path, *labels: str) -> list[Run]:
@@ -378,7 +382,7 @@ def test_unequal_settings_are_said_first(folder, tmp_path):
 
 
 def test_sixty_runs_make_a_page_of_bounded_size_quickly(tmp_path, monkeypatch):
-    monkeypatch.setattr("bridgelm.report_samples.SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr("bridgelm.reports.samples.SAMPLE_BYTES", 60_000)
     paths = [write_run(tmp_path, label, seed, steps=40) for label in METHODS for seed in range(10)]
     long = "x" * 3000
     for path in paths:
@@ -591,15 +595,15 @@ def test_what_differs_stands_at_the_top_and_is_not_called_equal(tmp_path):
 
 def test_all_methods_are_compared_on_paired_data_and_those_left_out_are_named(tmp_path, monkeypatch):
     place = Path(__file__).parents[2] / "recipes" / "toy"
-    names = {"cold_start" if name == "sequence" else name for name in methods_info.option_classes()}
+    names = {"cold_start" if name == "sequence" else name for name in catalogue.option_classes()}
     configs, notes = resolve_all(place / "bridge.toml", ["all", "bridge_paper"], ["batch.demos=7"])
     assert next(iter(configs)) == "bridge" and set(configs) == {*names, "bridge_paper"} and not notes
     assert {(c.data.toy.layout, c.batch.demos) for c in configs.values()} == {("paired", 7)}
     configs, notes = resolve_all(place / "bridge.toml", ["all"], ["steps=2"])
     assert set(configs) == names and configs["cold_start"].steps == 4, "its defaults, where its recipe does not fit"
     assert any(note.startswith("cold_start: its recipe does not fit these settings") for note in notes)
-    monkeypatch.setattr(compare_all, "data_facts", lambda config: frozenset({"demos", "paired_demos", "val"}))
-    monkeypatch.setattr(methods_info, "needs_of",
+    monkeypatch.setattr(everything, "data_facts", lambda config: frozenset({"demos", "paired_demos", "val"}))
+    monkeypatch.setattr(catalogue, "needs_of",
                         lambda method: frozenset({"two_traces"} if method.name == "sft" else ()))
     configs, notes = resolve_all(place / "grpo.toml", ["all"])
     assert set(configs) == names - {"sft"}

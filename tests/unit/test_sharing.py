@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bridgelm.cli import main
-from bridgelm.config import make_config
+from bridgelm.cli.main import main
+from bridgelm.config.run_config import make_config
 
 Write = Callable[..., Path]
 

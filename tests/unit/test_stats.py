@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridgelm import stats
+from bridgelm.analysis import stats
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (6, 3), (8, 8)])

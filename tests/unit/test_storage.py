@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgelm import grads, optim, storage, training
-from bridgelm.config import OptimConfig, make_config
+from bridgelm.config.run_config import OptimConfig, make_config
 from bridgelm.errors import UserError
-from bridgelm.loading import load_model
+from bridgelm.model import grads, optim, storage
+from bridgelm.model.loading import load_model
+from bridgelm.training import loop
 from contract.variants import METHOD, VARIANTS
 from pretend import PretendGpu
 
@@ -107,7 +108,7 @@ def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
 def moved(session: Session, method: dict[str, Any], steps: int = 3, **sections: Any) -> dict[str, Tensor]:
     made = session(method, **sections)
     for _ in range(steps):
-        training.take_step(made)
+        loop.take_step(made)
     return {name: t.clone() for name, t in made.policy.tensors().items()}
 
 
@@ -123,8 +124,8 @@ def test_host_memory_changes_no_bit_of_plain_descent(name: str, session: Session
 def pretend(monkeypatch: pytest.MonkeyPatch, raw: Callable[..., dict[str, Any]]) -> PretendGpu:
     """For runs in bfloat16, whose model is loaded before."""
     model = load_model(make_config(raw(model=NARROW)).model)
-    monkeypatch.setattr(training, "load_model", lambda config: copy.deepcopy(model))
-    monkeypatch.setattr(training, "_accelerator", lambda device: None)
+    monkeypatch.setattr(loop, "load_model", lambda config: copy.deepcopy(model))
+    monkeypatch.setattr(loop, "_accelerator", lambda device: None)
     return PretendGpu()
 
 
@@ -155,7 +156,7 @@ PARTS = {"group/theta/": "masters", "group/shadow/": "shadow", "optim/shadow/": 
 def ends(session: Session, name: str, optim: dict[str, Any]) -> dict[str, Tensor]:
     made = session(STAGES if name == "stages" else VARIANTS[name], model=NARROW, optim={"lr": 0.01, **optim})
     for _ in range(4):
-        training.take_step(made)
+        loop.take_step(made)
         made.policy.load({n: t.cpu() for n, t in made.policy.tensors().items()})
     made.method.deploy(made.policy, lambda: 0.0)
     return {n: t.detach() for n, t in made.policy.tensors().items()} | made.policy.weights()
@@ -165,7 +166,7 @@ def test_what_was_moved_is_measured_alike(session: Session) -> None:
     norms = []
     for host in ([], HOST):
         made = session({"name": "bridge", "rank": 2}, optim={"lr": 0.01, "host": host})
-        metrics = [training.take_step(made) for _ in range(2)][-1]
+        metrics = [loop.take_step(made) for _ in range(2)][-1]
         norms.append({name: made.policy.optimisers[name].moved for name in ("theta", "shadow", "w")})
         assert metrics is None or metrics
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)

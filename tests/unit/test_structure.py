@@ -23,11 +23,11 @@ import pytest
 from pydantic import BaseModel
 
 import bridgelm
-from bridgelm import methods_info
-from bridgelm.cli import build_parser
-from bridgelm.config import RunConfig, _models, load_config, stage_steps
+from bridgelm.cli.main import build_parser
+from bridgelm.config import catalogue
+from bridgelm.config.options import SequenceOptions
+from bridgelm.config.run_config import RunConfig, _models, load_config, stage_steps
 from bridgelm.methods.base import Form, Tier
-from bridgelm.options import SequenceOptions
 
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "bridgelm"
@@ -143,7 +143,7 @@ METHODS = sorted({path.stem for path in (SRC / "methods").glob("*.py")} - {"__in
 
 
 def test_files_registry_and_options_name_the_same_methods() -> None:
-    assert set(registry()) == set(METHODS) == set(methods_info.option_classes())
+    assert set(registry()) == set(METHODS) == set(catalogue.option_classes())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -152,7 +152,7 @@ def test_five_places(name: str) -> None:
     assert f"class {registry()[name]}(Method)" in text, "1. its file holds the class that the registry names"
     assert re.search(rf"@final\s+class {registry()[name]}\(", text), "and the class is final"
     methods = [load_config(path).method for path in (ROOT / "recipes" / "toy").glob("*.toml")]
-    named = {part.name for method in methods for part in (method, *methods_info.parts(method))}  # type: ignore[attr-defined]
+    named = {part.name for method in methods for part in (method, *catalogue.parts(method))}  # type: ignore[attr-defined]
     assert name in named, "3. a recipe in recipes/toy, of its own or as a stage"
     page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.is_file() and "**Trap**" in page.read_text(), f"4. a page {page.name} in docs/methods, with its trap"
@@ -167,11 +167,11 @@ def _imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_its_equation_and_its_trap(name: str) -> None:
-    text = methods_info.docstring(name)
+    text = catalogue.docstring(name)
     assert len(text.splitlines()[0]) < 120, "a first line that fits a table"
     assert "Trap" in text, "each method names the trap that its users fall into"
-    assert methods_info.tier(name) in typing.get_args(Tier), "and how far it can be trusted"
-    assert set(methods_info.form(name)) == {field.name for field in fields(Form)}, "and its form"
+    assert catalogue.tier(name) in typing.get_args(Tier), "and how far it can be trusted"
+    assert set(catalogue.form(name)) == {field.name for field in fields(Form)}, "and its form"
 
 
 def test_the_table_of_the_methods_is_that_of_the_code() -> None:
@@ -180,7 +180,7 @@ def test_the_table_of_the_methods_is_that_of_the_code() -> None:
 
 def with_table(text: str) -> str:
     return re.sub(r"(<!-- methods:begin -->\n).*(<!-- methods:end -->)",
-                  lambda found: f"{found[1]}{methods_info.table()}\n{found[2]}", text, flags=re.DOTALL)
+                  lambda found: f"{found[1]}{catalogue.table()}\n{found[2]}", text, flags=re.DOTALL)
 
 
 def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
@@ -198,9 +198,9 @@ def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
 
 
 def steps_with_rollouts(config: RunConfig) -> int:
-    parts = methods_info.parts(config.method)
+    parts = catalogue.parts(config.method)
     steps = stage_steps(config.method, config.steps) if isinstance(config.method, SequenceOptions) else [config.steps]
-    return sum(n for n, part in zip(steps, parts, strict=True) if methods_info.samples(part))
+    return sum(n for n, part in zip(steps, parts, strict=True) if catalogue.samples(part))
 
 
 # -- the public surface ------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def surface() -> dict[str, Any]:
         "commands": {name: sorted("/".join(action.option_strings) or action.dest for action in parser._actions)
                      for name, parser in commands.choices.items()},
         "config": sorted(config_keys(RunConfig)),
-        "methods": sorted(methods_info.option_classes()),
+        "methods": sorted(catalogue.option_classes()),
     }
 
 

@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import bridgelm
-from bridgelm import checkpoint, teacher_cache, training
-from bridgelm.chat import Chat, load_chat
-from bridgelm.config import ModelConfig, make_config
+from bridgelm.config.run_config import ModelConfig, make_config
+from bridgelm.data.chat import Chat, load_chat
 from bridgelm.errors import UserError
-from bridgelm.metrics import read_lines
-from bridgelm.teacher_cache import Cache, fingerprint
-from bridgelm.teacher_ids import Reader, TeacherModel, teacher_model
+from bridgelm.rollout import teacher_cache
+from bridgelm.rollout.teacher_cache import Cache, fingerprint
+from bridgelm.rollout.teacher_ids import Reader, TeacherModel, teacher_model
+from bridgelm.runs.folder import read_lines
+from bridgelm.training import checkpoint, loop
 from bridgelm.types import Problem, Row
 
 Sessions = Callable[..., Any]
@@ -83,7 +84,7 @@ def test_another_tokenizer_is_refused_before_a_model_is_loaded(
         change: Any, words: list[str], raw: Raw, tiny_folder: Callable[..., Path], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     other = edited(tiny_folder, tmp_path / "other", change)
-    monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loop, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError) as refused:
         bridgelm.train(raw(KDRL, teacher={"name_or_path": str(other)}), quiet=True)
     for word in ("teacher.name_or_path", *words):
@@ -211,7 +212,7 @@ def test_it_is_opened_when_asked_and_closed_with_its_stage(session: Sessions) ->
     opened = []
     for _ in range(4):
         opened.append(made.roll.teacher._model is not None)
-        training.take_step(made)
+        loop.take_step(made)
     assert opened == [False, True, True, False]
     assert made.policy.ledger.totals()["flops/teacher"] > 0, "what it cost stays on the bill"
 
@@ -325,7 +326,7 @@ def test_a_run_with_the_shipped_teacher(tmp_path: Path) -> None:
 def test_mistakes_are_seen_without_torch(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     raw = {"name": "x", "out": str(tmp_path), "steps": 4, "model": {"name_or_path": "toy:base"},
            "method": {"name": "grpo"}, "data": {"train": "toy:hops"}, "reward": {"verifier": "toy"}, **changes}
-    from bridgelm import preflight
+    from bridgelm.runs import preflight
 
     with pytest.raises(UserError) as refused:
         preflight.check_static(make_config(raw))

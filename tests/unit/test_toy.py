@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from bridgelm import toy
-from bridgelm.toy.data import SLACK, puzzle_of, split_of, wrong_demo
-from bridgelm.toy.walk import Step, distances, replay, shortest, write
+from bridgelm.data import toy
+from bridgelm.data.toy.data import SLACK, puzzle_of, split_of, wrong_demo
+from bridgelm.data.toy.walk import Step, distances, replay, shortest, write
 
 FAMILIES = sorted(toy.FAMILIES)
 SPLITS = ("train", "demos", "validation", "test", "hard")

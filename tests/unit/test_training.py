@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import bridgelm
-from bridgelm import checkpoint, credit, training
 from bridgelm.errors import UserError
-from bridgelm.metrics import RunFolder
-from bridgelm.rollout import summary
+from bridgelm.objective import credit
+from bridgelm.rollout.roller import summary
+from bridgelm.runs.folder import RunFolder
+from bridgelm.training import checkpoint, loop
 from bridgelm.types import Grade, Row, Verdict
 
 Raw = Callable[..., dict[str, Any]]
@@ -62,13 +63,13 @@ def group_sizes(rows: list[Row]) -> list[int]:
 def test_looks_best_and_final(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best step is chosen on validation, the first of equals, and both models are measured on the test set."""
     scores = iter([0.9, 0.2, 0.6, 0.6])  # before training, after steps 2, 4 and 5
-    measure, calls = training._measure, []
+    measure, calls = loop._measure, []
 
     def scripted(session: Any, problems: Any, samples: int, model: Any = None) -> dict[str, Any]:
         found = measure(session, problems, samples, model)
         calls.append((session.step, problems, model is not None))
         return {**found, "accuracy": next(scores)} if len(problems) == 8 else found
-    monkeypatch.setattr(training, "_measure", scripted)
+    monkeypatch.setattr(loop, "_measure", scripted)
     run = bridgelm.train(raw("sft", steps=5), quiet=True)
     assert [e["step"] for e in run.evals] == [0, 2, 4, 5], "every two steps and at the end"
     assert [e["accuracy"] for e in run.evals] == [0.9, 0.2, 0.6, 0.6]
@@ -120,7 +121,7 @@ def test_an_existing_run_is_refused(raw: Raw) -> None:
     with pytest.raises(UserError, match="this run exists"):
         bridgelm.train(config, quiet=True)
     with pytest.raises(UserError, match=r"--resume"):  # also when nothing was checked before
-        training.train(bridgelm.RunConfig.model_validate(config), quiet=True)
+        loop.train(bridgelm.RunConfig.model_validate(config), quiet=True)
     assert (run.path / "metrics.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="not a run folder"):
         bridgelm.train(resume=run.path.parent, quiet=True)
@@ -132,14 +133,14 @@ def test_a_run_that_cannot_begin_takes_back_what_it_made_and_no_more(raw: Raw, t
     def fail(*_: object) -> None:
         raise UserError("no such model")
 
-    monkeypatch.setattr(training, "load_model", fail)
+    monkeypatch.setattr(loop, "load_model", fail)
     config = bridgelm.RunConfig.model_validate(raw("sft", steps=1, out=str(tmp_path / "box")))
     path = tmp_path / "box" / config.name
     if there:
         path.mkdir(parents=True)
         number = path.stat().st_ino
     with pytest.raises(UserError, match="no such model"):
-        training.train(config, quiet=True)
+        loop.train(config, quiet=True)
     assert path.exists() == there and (tmp_path / "box").exists()
     if there:
         assert path.stat().st_ino == number and not any(path.iterdir()), "an empty folder of the user's is left alone"
@@ -151,7 +152,7 @@ def test_a_run_that_cannot_begin_takes_back_what_it_made_and_no_more(raw: Raw, t
 
 
 def test_a_loss_that_is_not_finite_is_a_user_error(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bridgelm import losses
+    from bridgelm.objective import losses
 
     nll, calls = losses.nll, []
 
@@ -169,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_a_user_error(raw: Raw, monkeypatch: pytest
 def test_a_gradient_that_is_not_finite_leaves_the_good_checkpoint(raw: Raw, monkeypatch: pytest.MonkeyPatch,
                                                                   bad: float) -> None:
     """The loss is finite; the run stops before the step, and goes on from the step before as if nothing had been."""
-    from bridgelm import losses
+    from bridgelm.objective import losses
 
     nll, calls = losses.nll, []
 
@@ -269,7 +270,7 @@ def test_rollouts_that_continue_a_demonstration_are_left_out_of_the_reward(sessi
 def test_all_grades_failing_is_still_a_step(session: Sessions) -> None:
     made = with_grader(session("grpo", reward={"max_error_rate": 1.0}), lambda p, t, i: None)
     before = {n: t.clone() for n, t in made.policy.tensors().items()}
-    metrics = training.take_step(made)
+    metrics = loop.take_step(made)
     assert metrics["errors"] == 1.0
     assert metrics["loss/pg"] == metrics["grad_norm/theta"] == 0.0
     assert all((t == made.policy.tensors()[n]).all() for n, t in before.items())
@@ -327,7 +328,7 @@ def test_several_updates_a_batch(session: Sessions, method: str) -> None:
     batches: list[Any] = []
     update = made.method.update
     made.method.update = lambda policy, batch, step: (batches.append(batch), update(policy, batch, step))[1]
-    metrics = training.take_step(made)
+    metrics = loop.take_step(made)
     assert made.policy.ledger.rollouts == 16
     assert len(batches) == 2
     for batch in batches:
@@ -354,7 +355,7 @@ def test_the_second_update_is_off_policy_and_clipped(session: Sessions) -> None:
                           for i, logp in found.logps.items()))
         return found
     made.policy.grad = spy
-    training.take_step(made)
+    loop.take_step(made)
     assert ratios[0] < 1e-10
     assert ratios[1] > 1e-3
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from bridgelm.config import RewardConfig
+from bridgelm.config.run_config import RewardConfig
 from bridgelm.errors import UserError
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify import build_verifier, exact
 from bridgelm.verify.early import Early
 from bridgelm.verify.extract import anchored, balanced, boxed, find, last_maths, outside_think
-from bridgelm.verify.math import MathJudge
+from bridgelm.verify.math.grader import MathJudge
 from bridgelm.verify.pool import GOLD_EXHAUSTS, Outcome, Pool
 
 SHARED = os.environ.get("BRIDGELM_DATA")
@@ -102,7 +102,7 @@ def test_exact(answer, text, verdict):
 
 
 def test_toy():
-    from bridgelm import toy
+    from bridgelm.data import toy
 
     problem = toy.load("hops", train_size=5, demo_size=1, eval_size=1)["train"][0]
     with build_verifier(RewardConfig(verifier="toy")) as verifier:

@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bridgelm import preflight
-from bridgelm.chat import load_chat
-from bridgelm.config import ModelConfig, OptimConfig, RunConfig, make_config
+from bridgelm.config.run_config import ModelConfig, OptimConfig, RunConfig, make_config
+from bridgelm.data.chat import load_chat
 from bridgelm.engine import Caller, Request, Sampling, exchange, vllm
 from bridgelm.engine.vllm import Answer, InProcess, VllmEngine, adapter_rank
 from bridgelm.engine.vllm_server import Server
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.loading import load_model
-from bridgelm.policy import Policy
+from bridgelm.model.loading import load_model
+from bridgelm.model.policy import Policy
+from bridgelm.runs import preflight
 
 Raw = Callable[..., dict[str, Any]]
 

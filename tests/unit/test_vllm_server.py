@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from bridgelm import checkpoint, training
-from bridgelm.config import make_config
+from bridgelm.config.run_config import make_config
 from bridgelm.engine import Caller, Lost, Request, Sampling, vllm_server
 from bridgelm.engine.ranked import RankedEngine
 from bridgelm.engine.vllm import Answer
 from bridgelm.engine.vllm_server import Server
 from bridgelm.errors import UserError
-from bridgelm.runs import Run
+from bridgelm.runs.reader import Run
+from bridgelm.training import checkpoint, loop
 
 Raw = Callable[..., dict[str, Any]]
 Fault = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]  # answers a request for tokens in its way
@@ -359,16 +359,16 @@ def test_a_run_goes_on_when_its_server_is_back(raw: Raw, served: Any, tmp_path: 
     reward.write_text("import random\n\ndef reward(prompts, completions, **columns):\n"
                       "    return [random.random() for _ in completions]\n")
     changes = {**changes, "reward": {"functions": [f"{reward}:reward"]}, "checkpoint_every": 0}
-    whole = training.train(config(raw, server.url, method, name="whole", **changes), quiet=True).path
+    whole = loop.train(config(raw, server.url, method, name="whole", **changes), quiet=True).path
     server.count = 0
     server.faults = {n: says({}, 503) for n in range(at, at + 1000)}
     with pytest.raises(UserError, match=r"answered 503 .*, at 3 tries; go on with: bridgelm train --resume .*/lost"):
-        training.train(config(raw, server.url, method, name="lost", **changes), quiet=True)
+        loop.train(config(raw, server.url, method, name="lost", **changes), quiet=True)
     lost = whole.with_name("lost")
     newest = checkpoint.newest(lost)
     assert (int(newest.name[-6:]) if newest else 0) == step
     server.faults = {}
-    training.resume(lost, quiet=True)
+    loop.resume(lost, quiet=True)
     if "rollout" not in changes:
         assert course(lost) == course(whole)
         assert final(lost) == final(whole)
@@ -395,6 +395,6 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_hangs(raw: Raw, served: Any, tmp
     assert saved is not None
     assert saved.name == "step-000001"
     server.faults = {}
-    assert training.resume(folder, quiet=True).status == "finished"
-    whole = training.train(config(raw, server.url, name="whole"), quiet=True).path
+    assert loop.resume(folder, quiet=True).status == "finished"
+    whole = loop.train(config(raw, server.url, name="whole"), quiet=True).path
     assert final(folder) == final(whole)

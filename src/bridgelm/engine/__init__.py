@@ -10,8 +10,8 @@ from bridgelm.engine.base import Caller, Engine, Lost, Origin, Request, Sampling
 from bridgelm.engine.native import NativeEngine
 
 if TYPE_CHECKING:
-    from bridgelm.chat import Chat
-    from bridgelm.config import RunConfig
+    from bridgelm.config.run_config import RunConfig
+    from bridgelm.data.chat import Chat
 
 __all__ = ["Caller", "Engine", "Lost", "NativeEngine", "Origin", "Request", "Sampling", "open_engine"]
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridgelm.data.model_shapes import table_of_positions
 from bridgelm.engine.base import Done, Origin, Request, Sampling, stopped
 from bridgelm.engine.decoders import Decoder, filled, make_decoder
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.model_shapes import table_of_positions
 from bridgelm.types import Completion
 
 BLOCK = 256  # tokens of the vocabulary that are summed before the running sum

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from bridgelm import dist
-from bridgelm.chat import Chat
-from bridgelm.config import RunConfig
+from bridgelm.config.options import parts
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.chat import Chat
+from bridgelm.data.model_shapes import model_path
 from bridgelm.engine.base import Done, Origin, Request, Sampling, spent, stopped
 from bridgelm.engine.exchange import write_adapter
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.model_shapes import model_path
-from bridgelm.options import parts
 from bridgelm.types import Completion
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for

@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from bridgelm.config import RunConfig
+from bridgelm.config.run_config import RunConfig
 from bridgelm.engine.base import Caller, Lost
 from bridgelm.engine.exchange import clear, write_adapter, write_weights
 from bridgelm.engine.vllm import Adapter, Answer, adapter_rank

@@ -31,11 +31,9 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, grads, losses
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.errors import UserError
-from bridgelm.grads import Gradient
 from bridgelm.methods.base import (
     Form,
     Gradients,
@@ -48,8 +46,11 @@ from bridgelm.methods.base import (
     sft_rows,
     sft_terms,
 )
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.grads import Gradient
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row
 
 

@@ -29,13 +29,13 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bridgelm import batching, grads
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
-from bridgelm.policy import Policy, Terms
-from bridgelm.rollout import Roller
+from bridgelm.model import batching, grads
+from bridgelm.model.policy import Policy, Terms
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 SUMS = ("c", "n_sft", "n_rl", "n_rl_squared", "weight", "weight_squared")

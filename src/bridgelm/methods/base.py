@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, losses
-from bridgelm.config import RunConfig
-from bridgelm.data import Data, with_teacher
+from bridgelm.config.options import PolicyGradient
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data, with_teacher
 from bridgelm.errors import UserError
-from bridgelm.options import PolicyGradient
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 NEEDS = {

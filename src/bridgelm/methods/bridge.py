@@ -40,13 +40,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import cooperation, credit, dist, grads, losses
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm import dist
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, credited, rl_coef, rl_setup, rl_terms, sft_rows, sft_terms
 from bridgelm.methods.shadow import OF_SHADOW, copy_streams, gradient_or_last, keep_gradient, length, rename, shares
-from bridgelm.policy import Grads, Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.objective import credit, losses, shadow_diagnostics
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 PATIENCE = 50  # steps without a third term before saying so
@@ -224,7 +226,7 @@ class Bridge(Method):
             return found
         clips, rl_options = self.options.ratio == "clip", self.options.rl
         low, high = (1 - rl_options.clip_low, 1 + rl_options.clip_high) if clips else (0.0, self.options.ratio_cap)
-        return found | cooperation.diagnose(batch.rows, shadow.logps, low, high)
+        return found | shadow_diagnostics.diagnose(batch.rows, shadow.logps, low, high)
 
     def warnings(self, metrics: Metrics) -> list[str]:
         """What a user should know about this step, said once by the trainer."""
@@ -238,9 +240,9 @@ class Bridge(Method):
         if shadow < 1e-3 * theta and metrics["bridge/norm_shadow"] > 0:  # no gradient: nothing to say about its step
             out.append("BRIDGE's shadow hardly moves (under a thousandth of theta's step): the cooperative gain is not "
                        "measured against RL; use shadow_step = 'shared_moments'")
-        if metrics.get("bridge/ess", 1.0) < cooperation.RELIABLE:
+        if metrics.get("bridge/ess", 1.0) < shadow_diagnostics.RELIABLE:
             out.append(f"BRIDGE's shadow has left the rollouts' policy (effective sample size under "
-                       f"{cooperation.RELIABLE:.0%}): the gain by importance weights is not reliable; set probe_every")
+                       f"{shadow_diagnostics.RELIABLE:.0%}): the gain by importance weights is not reliable; set probe_every")
         return out
 
     def state(self) -> dict[str, Any]:

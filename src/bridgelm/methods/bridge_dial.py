@@ -29,9 +29,8 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import grads
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
@@ -44,8 +43,9 @@ from bridgelm.methods.shadow import (
     shadow_warnings,
     shares,
 )
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 

@@ -28,9 +28,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bridgelm import batching, grads
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
@@ -44,8 +43,9 @@ from bridgelm.methods.shadow import (
     shadow_warnings,
     shares,
 )
-from bridgelm.policy import Grads, Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import batching, grads
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 ROUNDING = 1e-5  # a third term this small beside RL's own is what the difference of equal float32 gradients leaves

@@ -21,11 +21,11 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm.config import RunConfig
-from bridgelm.data import ById, Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import ById, Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 

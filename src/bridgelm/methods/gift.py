@@ -20,10 +20,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bridgelm.data import Data
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, mean_over, sft_rows
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 FLOOR = 1e-10  # added to the base's probabilities (official code)

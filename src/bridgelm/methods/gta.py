@@ -24,13 +24,13 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import grads
-from bridgelm.chat import Chat
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.chat import Chat
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, credited, rl_coef, rl_setup, rl_terms, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row
 
 

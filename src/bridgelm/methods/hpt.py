@@ -25,12 +25,13 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, hints, losses
-from bridgelm.data import Data
+from bridgelm.config.options.gates import SOFT
+from bridgelm.data import hints
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms, sft_terms
-from bridgelm.options.gates import SOFT
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row, Verdict
 
 Weights = tuple[float, float, float]  # of J_RL, of RL on the demonstration, of SFT

@@ -24,11 +24,11 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import losses
-from bridgelm.data import Data
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.objective import losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm.batching import make_batch
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, credited, descend, rl_coef, rl_setup, rl_terms, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.batching import make_batch
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row, Verdict
 
 

@@ -23,11 +23,11 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, losses
-from bridgelm.data import Data
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, experts, rl_coef, rl_setup, rl_terms, with_kl
-from bridgelm.policy import Grads, Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 

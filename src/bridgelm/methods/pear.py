@@ -24,12 +24,13 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import grads, losses
-from bridgelm.data import Data
+from bridgelm.config.options import PearOptions
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, sft_rows
-from bridgelm.options import PearOptions
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Policy
+from bridgelm.objective import losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 

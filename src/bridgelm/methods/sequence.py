@@ -14,12 +14,12 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bridgelm.config import RunConfig, stage_steps
-from bridgelm.data import Data
+from bridgelm.config.options import SequenceOptions
+from bridgelm.config.run_config import RunConfig, stage_steps
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method
-from bridgelm.options import SequenceOptions
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 

@@ -14,10 +14,10 @@ from typing import final
 
 from torch import Tensor
 
-from bridgelm.data import Data
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, descend, sft_rows, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from bridgelm import cooperation, grads, losses
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.options import PolicyGradient, Shadowed
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import credited, rl_coef, rl_setup, sft_rows
-from bridgelm.options import PolicyGradient, Shadowed
-from bridgelm.policy import Grads, Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.objective import losses, shadow_diagnostics
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Live, Metrics, Micro, Row, Verdict
 
 OF_SHADOW = {"pg": "shadow", "kl": "shadow_kl"}  # the shadow's name of each stream of the RL term
@@ -127,7 +128,7 @@ def diagnostics(policy: Policy, rows: Sequence[Row], sft: Grads, rl: Grads, shad
     return {"norm_sft": grads.norm(sft.w), "norm_rl": grads.norm(rl.w), "norm_shadow": grads.norm(shadow.w),
             "norm_third": grads.norm(gain), "theta_move": policy.optimisers["theta"].moved,
             **({"shadow_move": policy.optimisers["shadow"].moved} if shadow.theta else {}),
-            **cooperation.diagnose(rows, shadow.logps, 0.0, cap)}
+            **shadow_diagnostics.diagnose(rows, shadow.logps, 0.0, cap)}
 
 
 def report(sft: Grads, rl: Grads, shadow: Grads, norm: float, found: Metrics) -> Metrics:
@@ -144,7 +145,7 @@ def shadow_warnings(name: str, metrics: Metrics, use: str) -> list[str]:
     if metrics["bridge/norm_shadow"] > 0 and shadow < STILL * theta:  # no gradient: nothing to say about its step
         out.append(f"{name}'s shadow hardly moves by itself (under a thousandth of theta's step): {use} is not "
                    "measured against RL")
-    if metrics.get("bridge/ess", 1.0) < cooperation.RELIABLE:
+    if metrics.get("bridge/ess", 1.0) < shadow_diagnostics.RELIABLE:
         out.append(f"{name}'s shadow has left the rollouts' policy (effective sample size under "
-                   f"{cooperation.RELIABLE:.0%}): {use} is not reliable; raise leak")
+                   f"{shadow_diagnostics.RELIABLE:.0%}): {use} is not reliable; raise leak")
     return out

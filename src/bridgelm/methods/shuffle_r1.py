@@ -25,11 +25,11 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 Pair = tuple[int, ...]

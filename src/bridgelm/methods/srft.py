@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import credit, losses
-from bridgelm.data import Data
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, experts
-from bridgelm.policy import Grads, Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Grads, Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row, Verdict
 
 

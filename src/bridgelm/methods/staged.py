@@ -25,12 +25,12 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.options.shaping import Length
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, descend, rl_coef, rl_rows, rl_setup, rl_terms
-from bridgelm.options.shaping import Length
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 COLD, HOT = 0.1, 4.0  # temperatures that are looked between

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import grads
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_rows, rl_setup, rl_terms, sft_rows, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import Roller
+from bridgelm.model import grads
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
 
 FAR = 10.0  # a look ahead that moves log-probs by so many times too much or too little is taken again, once

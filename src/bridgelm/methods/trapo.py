@@ -33,14 +33,14 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import credit, losses
-from bridgelm.chat import Chat
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.chat import Chat
+from bridgelm.data.cursors import Data
 from bridgelm.errors import UserError
 from bridgelm.methods.base import Form, Method, rl_coef, rl_setup
-from bridgelm.policy import Policy
-from bridgelm.rollout import NOTHING, Roller
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit, losses
+from bridgelm.rollout.roller import NOTHING, Roller
 from bridgelm.types import Batch, Demo, Live, Metrics, Micro, Problem, Row, Verdict
 
 # Mean reward under which each micro-group after the first gets its prefix, and the prefix's share of the demonstration.

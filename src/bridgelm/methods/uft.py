@@ -23,12 +23,12 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from bridgelm import hints
-from bridgelm.config import RunConfig
-from bridgelm.data import Data
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data import hints
+from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Method, credited, descend, rl_coef, rl_setup, rl_terms, sft_terms
-from bridgelm.policy import Policy
-from bridgelm.rollout import NOTHING, Roller
+from bridgelm.model.policy import Policy
+from bridgelm.rollout.roller import NOTHING, Roller
 from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row, Verdict
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from bridgelm.config import RewardConfig
+from bridgelm.config.run_config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.decision import Decision
 from bridgelm.verify.early import Judge as Early

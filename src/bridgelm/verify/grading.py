@@ -59,7 +59,7 @@ class Judge(Protocol):
 
 def build_judge(task: Task, time_limit: float = 1.0, workers: int | None = None) -> Judge:
     if task.verifier == "math":
-        from bridgelm.verify.math import MathJudge
+        from bridgelm.verify.math.grader import MathJudge
 
         return MathJudge(time_limit, workers, task.extract, task.tolerance)
     if task.verifier in {"countdown", "knights"}:

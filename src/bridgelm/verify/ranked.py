@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bridgelm import dist
-from bridgelm.config import RewardConfig
+from bridgelm.config.run_config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.base import Verifier, build_verifier
 from bridgelm.verify.early import Judge as Early

@@ -14,7 +14,7 @@ class ToyJudge:
         self.counts: Counter[str] = Counter()
 
     def judged(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Decision]:
-        from bridgelm import toy
+        from bridgelm.data import toy
 
         return [Decision(Verdict.CORRECT if toy.grade(problem, text) else Verdict.WRONG, text, "all of it", "replayed")
                 for problem, text in zip(problems, texts, strict=True)]

@@ -1,0 +1,68 @@
+"""What a forward pass saves for the way back, in host memory meanwhile.
+
+With gradient checkpointing that is the input of each layer; without, everything that layers save. Weights stay where
+they are, and what several operations save is moved once. Logits are not of the layers: they stay (`forward.KEPT`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from bridgelm.model import storage
+
+SMALL = 2**16  # bytes that are not worth the way
+
+
+class Parked:
+    """A saved tensor in host memory."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.host, self.device = storage.to_host(t), t.device
+
+    def back(self) -> Tensor:
+        return self.host.to(self.device)
+
+
+class Saved:
+    """Hooks for one forward pass."""
+
+    def __init__(self) -> None:
+        self.parked: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[Parked]]] = {}
+
+    def pack(self, t: Tensor) -> Tensor | Parked:
+        whole = t if t._base is None else t._base
+        if isinstance(whole, torch.nn.Parameter) or t.nbytes < SMALL:
+            return t
+        memory = t.untyped_storage()
+        key = (memory._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version)
+        source, known = self.parked.get(key, (None, None))
+        found = known() if known and source and source() is memory else None  # its number may be another's by now
+        if found is None:
+            found = Parked(t.detach())
+            self.parked[key] = weakref.ref(memory), weakref.ref(found)
+        return found
+
+    @staticmethod
+    def unpack(saved: Tensor | Parked) -> Tensor:
+        return saved.back() if isinstance(saved, Parked) else saved
+
+
+def offload(model: Any) -> None:
+    """From now on, for every pass through the model's layers."""
+    passes: list[saved_tensors_hooks] = []
+
+    def before(*args: Any) -> None:
+        hooks = Saved()
+        passes.append(saved_tensors_hooks(hooks.pack, hooks.unpack))
+        passes[-1].__enter__()
+
+    def after(*args: Any) -> None:
+        passes.pop().__exit__()
+
+    model.base_model.register_forward_pre_hook(before)
+    model.base_model.register_forward_hook(after, always_call=True)

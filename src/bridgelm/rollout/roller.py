@@ -1,0 +1,231 @@
+"""Engine x verifier -> rows. One `Roller` serves a run; a method calls it from `gather`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from bridgelm.config.run_config import RunConfig
+from bridgelm.data.chat import Chat
+from bridgelm.data.cursors import Data
+from bridgelm.engine import Engine, Origin, Request, Sampling
+from bridgelm.engine.ahead import Pending, Rehearsed
+from bridgelm.engine.base import spent
+from bridgelm.errors import UserError
+from bridgelm.model.policy import Policy
+from bridgelm.objective import credit, mismatch
+from bridgelm.rollout.teacher import Teacher, with_logps
+from bridgelm.types import Completion, Demo, Grade, Metrics, Problem, Row, Verdict
+from bridgelm.verify.early import Early, Judge
+
+WINDOW = 256  # answers that the verifier's error rate is taken over
+NOTHING = np.empty(0, dtype=np.int64)
+ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
+
+
+class Grader(Protocol):
+    @property
+    def last_error(self) -> str: ...
+
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
+
+
+def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader: Grader) -> None:
+    """A verifier that keeps failing stops the run: its silence must not pass for wrong answers."""
+    limit = config.reward.max_error_rate
+    if failed > limit * max(graded, ENOUGH) or (0 < failed == graded and limit < 1):
+        raise UserError(f"reward: the verifier failed on {failed} of the last {graded} answers ({where}), over "
+                        f"reward.max_error_rate = {limit}; the last fault: {grader.last_error or 'unknown'}")
+
+
+class Roller:
+    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig,
+                 teacher: Teacher | None = None, early: Judge | None = None) -> None:
+        self.early = early  # judges answers before their batch is graded
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.ledger = policy.ledger
+        self.policy, self.engine, self.chat, self.grader, self.config = policy, engine, chat, grader, config
+        rollout = config.rollout
+        self.own = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
+        self.sampling = self.own
+        self.pending: Pending | None = None  # of the next step
+        self.rehearsing = self.stale = False
+        self.step = self.calls = self.groups_made = 0
+        self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether the verifier failed on the last answers
+
+    def begin(self, step: int) -> None:
+        """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same. A
+        method may sample otherwise than the run says (`sampling`), for the length of a step."""
+        self.step, self.calls, self.groups_made, self.sampling = step, 0, 0, self.own
+
+    def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live", *,
+                 prefixes: Sequence[np.ndarray] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
+        """Graded rollouts of each problem from the weights of a point. Each problem is a group with a new number, or
+        with its one of `numbers`. `prefixes`, one a rollout, are the first tokens of the answers, handed to the policy;
+        they count in the limit of new tokens, and the whole answer is graded."""
+        size = group or self.config.rollout.group
+        repeated = [problem for problem in problems for _ in range(size)]
+        given = prefixes if prefixes is not None else [NOTHING] * len(repeated)
+        prompts = [self.chat.prompt_ids(problem) for problem in repeated]
+        limit = self.sampling.max_new_tokens
+        requests = [Request(np.concatenate([prompt, prefix]), (self.config.seed, self.step, self.calls, i),
+                            max(0, limit - len(prefix)))
+                    for i, (prompt, prefix) in enumerate(zip(prompts, given, strict=True))]
+        self.calls += 1
+        completions, stale = self._draw(requests, repeated, given, at)
+        self.policy.ledger.rollouts += len(completions)
+        answers = [np.concatenate([prefix, c.ids]) for prefix, c in zip(given, completions, strict=True)]
+        rows = self._graded(repeated, prompts, answers, self._numbers(problems, size, numbers), at)
+        before = [np.zeros(len(row.ids) - len(c.ids)) for row, c in zip(rows, completions, strict=True)]
+        rows = [replace(row, given=len(prefix), old_logps=np.concatenate([zeros, c.logps]), finished=c.finished)
+                for row, prefix, zeros, c in zip(rows, given, before, completions, strict=True)]
+        return self._by_the_trainer(rows, at) if stale or not self.engine.exact else rows
+
+    def _draw(self, requests: Sequence[Request], problems: Sequence[Problem], given: Sequence[np.ndarray],
+              at: str) -> tuple[list[Completion], bool]:
+        """The completions, and whether they were asked for a step ago."""
+        pending, self.pending = self.pending, None
+        if pending is not None and at == "live" and pending.answers(requests, self.sampling):
+            completions, self.stale = pending.take(), True
+            self.policy.ledger.generate += spent(requests, completions)
+            return completions, True
+        with self.policy.origin(at) as origin:
+            if not self.rehearsing:
+                return self._generate(origin, requests, problems, given), False
+            if at == "live":
+                self.pending = Pending.of(requests, self.sampling, self.engine.start(origin, requests, self.sampling))
+        raise Rehearsed
+
+    def _generate(self, origin: Origin, requests: Sequence[Request], problems: Sequence[Problem],
+                  given: Sequence[np.ndarray]) -> list[Completion]:
+        args = (origin, requests, self.sampling, self.policy.ledger)
+        if self.early is None:
+            return self.engine.generate(*args)
+        with Early(self.early) as early:
+            return self.engine.generate(*args, done=lambda i, ids: early.add(
+                problems[i], lambda: self.chat.turn(np.concatenate([given[i], ids]))))
+
+    def _by_the_trainer(self, rows: list[Row], at: str) -> list[Row]:
+        """Ratios compare the trainer with itself; what the engine drew with is kept beside."""
+        out = []
+        for row, logps in zip(rows, self.policy.score(rows, at), strict=True):
+            assert row.old_logps is not None
+            mine = np.where(row.drawn, logps, 0.0)
+            out.append(replace(row, old_logps=mine, mismatch=mine - row.old_logps))
+        return out
+
+    def settle(self, rows: list[Row]) -> tuple[list[Row], Metrics]:
+        """Ends the drawing of a step: the trainer gets the engine's memory, and rows the weights that make up for what
+        the two disagree in."""
+        self.engine.sleep()
+        cap = self.config.rollout.correction
+        stale = {"engine/stale_steps": float(self.stale)} if self.config.rollout.ahead else {}
+        self.stale = False
+        return mismatch.corrected(rows, cap), {**mismatch.measured(rows, cap), **stale}
+
+    def state(self) -> dict[str, Any] | None:
+        """What was asked for ahead, for a checkpoint."""
+        return self.pending.state() if self.pending is not None else None
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        self.pending = Pending.load(state) if state is not None else None
+
+    def experts(self, pairs: Sequence[tuple[Problem, Demo]], numbers: Sequence[int] | None = None) -> list[Row]:
+        """Demonstrations as graded members of a group: no token of them was drawn. Their point is `expert`."""
+        problems = [problem for problem, _ in pairs]
+        whole = [self.chat.demo_ids(problem, demo) for problem, demo in pairs]
+        prompts, answers = [ids[~own] for ids, own in whole], [ids[own] for ids, own in whole]
+        rows = self._graded(problems, prompts, answers, self._numbers(problems, 1, numbers), "expert")
+        return [replace(row, given=int(row.own.sum()), old_logps=np.zeros(len(row.ids))) for row in rows]
+
+    def _numbers(self, problems: Sequence[Problem], size: int, numbers: Sequence[int] | None) -> list[int]:
+        """The group of each row."""
+        if numbers is None:
+            numbers = range(self.groups_made, self.groups_made + len(problems))
+            self.groups_made += len(problems)
+        return [number for number in numbers for _ in range(size)]
+
+    def _graded(self, problems: Sequence[Problem], prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray],
+                numbers: Sequence[int], at: str) -> list[Row]:
+        texts = [self.chat.turn(answer) for answer in answers]
+        grades = self.grader.grade(problems, texts)
+        self.recent.extend(grade.verdict is Verdict.ERROR for grade in grades)
+        check_errors(sum(self.recent), len(self.recent), self.config, f"step {self.step + 1}", self.grader)
+        return [Row(ids := np.concatenate([prompt, answer]), np.arange(len(ids)) >= len(prompt), "rollout", problem,
+                    number, at, self.sampling.temperature, reward=grade.reward, verdict=grade.verdict, text=text)
+                for problem, prompt, answer, number, grade, text
+                in zip(problems, prompts, answers, numbers, grades, texts, strict=True)]
+
+    def groups(self, data: Data) -> list[Row]:
+        """The step's groups. With `rollout.refill`, those without spread are replaced by groups of further problems, as
+        many times as it says; exactly the missing ones are drawn, so none is left over."""
+        wanted = self.config.rollout.prompts
+        rows = self(data.problems(wanted))
+        for _ in range(self.config.rollout.refill):
+            spread = credit.spread(rows)
+            missing = wanted - sum(spread.values())
+            if missing:
+                rows = [row for row in rows if spread.get(row.group)] + self(data.problems(missing))
+        return rows
+
+    def demo(self, problem: Problem, demo: Demo) -> Row:
+        ids, own = self.chat.demo_ids(problem, demo)
+        return Row(ids, own, "demo", problem, text=demo.text, teacher_logps=author_logps(problem, demo, own))
+
+    def reference(self, rows: list[Row]) -> list[Row]:
+        """Fills in the frozen reference's log-probs."""
+        logps = self.policy.score(rows, at="reference")
+        return [replace(row, ref_logps=logp) for row, logp in zip(rows, logps, strict=True)]
+
+    def taught(self, rows: list[Row]) -> list[Row]:
+        """Fills in the teacher's log-probs."""
+        assert self.teacher is not None, "a method that needs a teacher is refused without one"
+        return with_logps(rows, self.teacher.score(rows))
+
+    def authored(self, rows: list[Row]) -> list[Row]:
+        """Demonstrations with the log-probs of their author: those of the data, else the teacher's."""
+        missing = [i for i, row in enumerate(rows) if row.teacher_logps is None]
+        if missing:
+            assert self.teacher is not None, "a method that needs the author's log-probs is refused without them"
+            found = self.teacher.remembered([rows[i] for i in missing], self.step)
+            rows = list(rows)
+            for i, logps in zip(missing, found, strict=True):
+                rows[i] = replace(rows[i], teacher_logps=logps)
+        return rows
+
+
+def author_logps(problem: Problem, demo: Demo, own: np.ndarray) -> np.ndarray | None:
+    """What the data says of a demonstration's tokens, at their places; the end token's may be left out."""
+    if demo.logps is None:
+        return None
+    size = int(own.sum())
+    if len(demo.logps) not in (size - 1, size):
+        raise UserError(f"data: a demonstration of {problem.id!r} has {len(demo.logps)} log-probabilities for {size} "
+                        "tokens; record them with this tokenizer")
+    out = np.full(len(own), np.nan)
+    out[np.flatnonzero(own)[:len(demo.logps)]] = demo.logps
+    return out
+
+
+def summary(rows: list[Row]) -> Metrics:
+    """What a step's rollouts of the live weights say. Those that went on from a part of a demonstration are left out
+    where there are others: their reward is also the demonstration's."""
+    live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
+    live = [row for row in live if not row.given] or live
+    graded = [row for row in live if row.verdict is not Verdict.ERROR]
+    if not graded:
+        return {"errors": 1.0} if live else {}
+    spread = credit.spread(live)
+    return {"reward": float(np.mean([row.reward for row in graded])),
+            "correct": float(np.mean([row.verdict is Verdict.CORRECT for row in graded])),
+            "errors": 1 - len(graded) / len(live),
+            "length": float(np.mean([row.drawn.sum() for row in live])),
+            "truncated": float(np.mean([not row.finished for row in live])),
+            "flat_groups": 1 - sum(spread.values()) / max(1, len(spread)),
+            "entropy": float(-np.mean(np.concatenate([row.old_logps[row.drawn] for row in live  # type: ignore[index]
+                                                      if row.old_logps is not None])))}
