@@ -3,11 +3,9 @@ your data needs. Everything the command line does is here too; importing the pac
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType  # by its name: `types` will be bridgelm.types here
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +17,8 @@ __version__ = "0.1.0"
 __all__ = ["Run", "RunConfig", "UserError", "__version__", "benchmark", "compare", "demos", "diagnose", "evaluate",
            "export", "load_config", "merge", "report", "train"]
 
-_HOME = {"Run": "runs", "RunConfig": "config", "load_config": "config", "UserError": "errors"}
+_HOME = {"Run": "runs.reader", "RunConfig": "config.run_config", "load_config": "config.run_config",
+         "UserError": "errors"}
 
 
 def train(config: RunConfig | Mapping[str, Any] | str | Path | None = None, *, resume: str | Path | None = None,
@@ -136,15 +135,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """`bridgelm.comparisons.compare` and `bridgelm.reports.page` stay functions, although importing the modules of the same names
-    would put the modules in their place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -134,7 +134,7 @@ def change(file: Path, **values: Any) -> None:
 
 @pytest.fixture
 def command(tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
-    """`python -m bridgelm.harness --model bridgelm --model_args ARGS ...`, in this process."""
+    """`python -m bridgelm.benchmarks.harness --model bridgelm --model_args ARGS ...`, in this process."""
     import datasets
 
     from bridgelm.benchmarks import harness
@@ -240,7 +240,8 @@ def test_no_code_of_a_model_is_run(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(args: str, said: str, cases: dict[str, Case], tasks: Path) -> None:
     run = str(Path(cases["final"].config.name_or_path).parent)
     done = subprocess.run(
-        [sys.executable, "-m", "bridgelm.benchmarks.harness", "--model", "bridgelm", "--model_args", args.replace("RUN", run),
+        [sys.executable, "-m", "bridgelm.benchmarks.harness", "--model", "bridgelm",
+         "--model_args", args.replace("RUN", run),
          "--tasks", "choice", "--include_path", str(tasks)],
         capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and f"\nerror: {said}" in done.stderr and "Traceback" not in done.stderr

@@ -185,7 +185,7 @@ def test_unusable_tokenizers_are_user_errors(tmp_path):
 
 def test_tokenizing_imports_no_torch(tmp_path):
     model = save(byte_level(QWEN), tmp_path)
-    code = ("import sys; from bridgelm.chat import load_chat; from bridgelm.config import ModelConfig\n"
+    code = ("import sys; from bridgelm.data.chat import load_chat; from bridgelm.config.run_config import ModelConfig\n"
             "from bridgelm.types import Problem, Demo\n"
             f"chat = load_chat(ModelConfig(name_or_path={model.name_or_path!r}))\n"
             "ids, _ = chat.demo_ids(Problem('p', ({'role': 'user', 'content': 'q'},)), Demo('5'))\n"

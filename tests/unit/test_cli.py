@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import bridgelm
 from bridgelm.cli.evaluate import format_result
 from bridgelm.cli.main import main, parse
 from bridgelm.config import catalogue
-from bridgelm.config.run_config import absolute, load_config, make_config
+from bridgelm.config.run_config import absolute, load_config, make_config, starter
 from bridgelm.errors import UserError
 from bridgelm.runs import preflight
 
@@ -274,7 +275,7 @@ def test_init_writes_a_file_that_checks_once_the_data_is_there(place: Path, caps
 
 def test_every_commented_line_of_the_starter_file_is_valid(place: Path) -> None:
     """Uncommented one at a time, in place: an example that does not load is worse than none."""
-    lines = (ROOT / "src" / "bridgelm" / "starter.toml").read_text().splitlines()
+    lines = starter().splitlines()
     tried = 0
     for index, line in enumerate(lines):
         setting = line.removeprefix("# ")
@@ -289,7 +290,7 @@ def test_every_commented_line_of_the_starter_file_is_valid(place: Path) -> None:
 
 def test_quick_commands_load_no_torch_and_take_under_a_second(tmp_path: Path) -> None:
     for words in (["check", str(RECIPES[0]), f"out={tmp_path}"], ["methods"], ["show", "bridge"], ["--version"]):
-        code = (f"import sys\nfrom bridgelm.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        code = (f"import sys\nfrom bridgelm.cli.main import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
                 "sys.exit(' '.join({'torch', 'transformers', 'datasets'} & set(sys.modules)) or 0)")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -316,18 +317,18 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     result = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 100, "by_difficulty": {"3": [0.5, 100]}, "length": 9.0,
               "truncated": 0.0, "k": 4, "avg_k": 0.45, "pass_k": {"1": 0.45, "4": 0.8}}
     done = types.SimpleNamespace(path=Path("runs/my"))
-    stand_ins = {"training": {"train": keep("train", done), "resume": keep("resume", done)},
-                 "evaluation": {"evaluate_run": keep("evaluate", result)},
-                 "checkpoint": {"export": keep("export", Path("out"))},
-                 "compare": {"compare": keep("compare", Path("page")),
+    stand_ins = {"training.loop": {"train": keep("train", done), "resume": keep("resume", done)},
+                 "training.evaluation": {"evaluate_run": keep("evaluate", result)},
+                 "training.checkpoint": {"export": keep("export", Path("out"))},
+                 "comparisons.compare": {"compare": keep("compare", Path("page")),
                              "resolve": lambda base, *_: {"a": load_config(base)}},
-                 "report": {"report": keep("report", Path("page"))}}
+                 "reports.page": {"report": keep("report", Path("page"))}}
     for name, functions in stand_ins.items():
         module = types.ModuleType(f"bridgelm.{name}")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"bridgelm.{name}", module)
-        if name not in bridgelm.__all__:
-            monkeypatch.setattr(bridgelm, name, module, raising=False)
+        room, _, file = name.partition(".")
+        monkeypatch.setattr(importlib.import_module(f"bridgelm.{room}"), file, module, raising=False)
     return calls
 
 

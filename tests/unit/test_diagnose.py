@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bridgelm
-from bridgelm.cli import main
+from bridgelm.cli.main import main
 from bridgelm.config.run_config import make_config
 from bridgelm.diagnosis.diagnose import all_panels
 from bridgelm.diagnosis.facts import History, clean_cosine, subjects

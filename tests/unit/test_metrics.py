@@ -109,7 +109,7 @@ def test_resumed_files_equal_uninterrupted_ones_to_the_byte(tmp_path):
 
 HOLD = """
 import sys
-from bridgelm.metrics import RunFolder
+from bridgelm.runs.folder import RunFolder
 folder = RunFolder.open(sys.argv[1])
 folder.set_status("running")
 print("holding", flush=True)

@@ -15,7 +15,6 @@ import sys
 import tomllib
 import typing
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +34,62 @@ SURFACE = Path(__file__).with_name("surface.json")
 DOCS = ROOT / "docs" / "methods.md"
 FILES = sorted(SRC.rglob("*.py"))
 
-# A module imports from its own layer and from those above it here. A trailing * stands for a family of files.
-LAYERS = [
-    ["types", "errors", "disk", "options", "variants", "config"],
-    ["toy", "model_shapes", "model_files", "methods_info", "chat", "prompts", "data", "data_*", "suites",
-     "contamination", "verify", "dist", "teacher_ids", "teacher_cache"],
-    ["ledger", "packing", "batching", "forward", "loading", "grads", "groups", "held", "optim", "storage", "offload",
-     "engine", "weights", "policy", "teacher"],
-    ["credit", "losses", "mismatch", "cooperation", "hints", "rollout"],
-    ["methods"],
-    ["stats", "sinks", "metrics", "inputs", "progress", "runs", "checkpoint", "merging", "evaluation", "benchmarks",
-     "benchmark_*", "harness", "probe", "training", "training_*", "demonstrations"],
-    ["analysis", "compare", "compare_*", "diagnose", "diagnose_*", "report", "report_*", "preflight",
-     "planning", "planning_*"],
-    ["toy.build", "toy.build_*", "toy.train", "cli", "cli_*"],  # what rebuilds the toy models trains them
-]
-FREE = {"__init__", "__main__"}  # the package's front door reaches everything, lazily
+# The rooms of the package. A module imports from its own room and from those above it. README's tree and the table of
+# docs/data-flow.md are written from this list and from the first sentence of each room's `__init__`.
+ROOMS = ["", "config", "data", "verify", "engine", "objective", "model", "runs", "rollout", "methods", "analysis",
+         "training", "benchmarks", "reports", "comparisons", "diagnosis", "planning", "cli"]
+FRONT = {"__init__", "__main__"}  # the front door reaches everything, lazily
+TORCH_FREE = ["config.run_config", "config.catalogue", "data.chat", "data.cursors", "data.toy", "runs.preflight",
+              "runs.reader", "verify.math.judge", "cli.main", "cli.data"]
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
 
 
-@cache
-def layer(module: str) -> int:
-    """The most exact entry wins: `toy.build` before `toy`."""
-    for name in (module, module.split(".")[0]):
-        for number, entries in enumerate(LAYERS):
-            if any(re.fullmatch(entry.replace("*", r"\w+"), name) for entry in entries):
-                return number
-    raise AssertionError(f"{module}: give it a place in LAYERS of {Path(__file__).name}")
+def room_of(module: str) -> int:
+    room = module.partition(".")[0]
+    return ROOMS.index(room) if room in ROOMS else 0
+
+
+def sentence(path: Path) -> str:
+    """The first sentence of a module's docstring."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+
+
+def tree() -> str:
+    """Every room and every file with its first sentence."""
+    lines = []
+    for room in ROOMS:
+        if room:
+            lines += ["", f"**`{room}/`** {sentence(SRC / room / '__init__.py')}", ""]
+        for path in sorted((SRC / room).glob("*.py") if not room else (SRC / room).rglob("*.py")):
+            if path.stem not in FRONT:
+                lines.append(f"- `{path.relative_to(SRC / room)}` {sentence(path)}")
+    return "\n".join(lines).strip()
+
+
+def import_table() -> str:
+    graph: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in FILES:
+        if path.parent == SRC and path.stem in FRONT:
+            continue
+        name = module_of(path)
+        graph[ROOMS[room_of(name)]] |= {ROOMS[room_of(other)] for other in imports(path) - FRONT}
+    lines = ["| room | what it holds | imports from |", "|---|---|---|"]
+    for room in ROOMS[1:]:
+        above = ", ".join(f"`{other}`" for other in ROOMS[1:] if other in graph[room] - {room}) or "none"
+        lines.append(f"| `{room}` | {sentence(SRC / room / '__init__.py')} | {above} |")
+    return "\n".join(lines)
+
+
+def short_tree() -> str:
+    """A line for each room."""
+    width = max(map(len, ROOMS)) + 1
+    lines = ["src/bridgelm/"]
+    lines += [f"  {room + '/':<{width}}  {sentence(SRC / room / '__init__.py')}" for room in ROOMS[1:]]
+    return "```\n" + "\n".join(lines) + "\n```"
 
 
 def imports(path: Path) -> set[str]:
@@ -88,13 +113,32 @@ def test_a_module_imports_only_from_its_left(path: Path) -> None:
     name = module_of(path)
     if path.relative_to(SRC).as_posix() in {"__init__.py", "__main__.py"}:
         return
-    late = {other for other in imports(path) - FREE if layer(other) > layer(name)}
-    assert not late, f"{name} imports from its right: {sorted(late)}"
+    late = {other for other in imports(path) - FRONT if room_of(other) > room_of(name)}
+    assert not late, f"{name} imports from rooms below it: {sorted(late)}"
+
+
+def test_no_file_lies_outside_a_room() -> None:
+    assert {path.stem for path in SRC.glob("*.py")} == {"__init__", "__main__", "types", "errors", "dist", "ledger"}
+    rooms = {path.name for path in SRC.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(ROOMS[1:])
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_says_what_it_is(path: Path) -> None:
+    assert sentence(path), "a first sentence, which stands in the tree of docs/data-flow.md"
+
+
+def test_the_mathematics_of_the_grader_is_importable_by_itself() -> None:
+    inner = {module_of(path) for path in (SRC / "verify" / "math").glob("*.py")}
+    for name in inner - {"verify.math.grader"}:  # the grader hands comparisons to killable workers
+        path = SRC / Path(*name.split(".")).with_suffix(".py")
+        found = imports(path if path.exists() else SRC / "verify" / "math" / "__init__.py")
+        assert found <= inner | {"verify.extract", "types", "errors", "verify"}, name
 
 
 def test_no_import_cycle() -> None:
     graph = {module_of(path): imports(path) - {module_of(path)} for path in FILES
-             if path.parent != SRC or path.stem not in FREE}
+             if path.parent != SRC or path.stem not in FRONT}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -112,15 +156,14 @@ def test_no_import_cycle() -> None:
 
 
 def test_the_quick_modules_load_no_torch() -> None:
-    quick = ["config", "chat", "data", "methods_info", "preflight", "cli", "cli_data", "runs", "toy"]
-    code = (f"import sys, importlib\nfor name in {quick}: importlib.import_module('bridgelm.' + name)\n"
+    code = (f"import sys, importlib\nfor name in {TORCH_FREE}: importlib.import_module('bridgelm.' + name)\n"
             "sys.exit(' '.join({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_sizes(path: Path) -> None:
+def test_functions_fit_a_screen(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= 60, f"{node.name} is over 60 lines"
@@ -172,15 +215,6 @@ def test_every_method_says_its_equation_and_its_trap(name: str) -> None:
     assert "Trap" in text, "each method names the trap that its users fall into"
     assert catalogue.tier(name) in typing.get_args(Tier), "and how far it can be trusted"
     assert set(catalogue.form(name)) == {field.name for field in fields(Form)}, "and its form"
-
-
-def test_the_table_of_the_methods_is_that_of_the_code() -> None:
-    assert with_table(DOCS.read_text()) == DOCS.read_text(), "python tests/unit/test_structure.py writes it"
-
-
-def with_table(text: str) -> str:
-    return re.sub(r"(<!-- methods:begin -->\n).*(<!-- methods:end -->)",
-                  lambda found: f"{found[1]}{catalogue.table()}\n{found[2]}", text, flags=re.DOTALL)
 
 
 def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
@@ -244,18 +278,24 @@ def test_the_package_gives_what_it_lists() -> None:
         _ = bridgelm.nothing_such
 
 
-@pytest.mark.parametrize("name", ["compare", "diagnose", "report"])
-def test_a_module_does_not_hide_the_function_of_its_name(name: str) -> None:
-    code = (f"import bridgelm, bridgelm.types, bridgelm.{name} as inner, sys\nfrom bridgelm import {name} as first\n"
-            f"from bridgelm.{name} import {name} as real\n"
-            f"assert callable(bridgelm.{name}) and first is bridgelm.{name} is inner and real is not first\n"
-            f"assert type(sys.modules['bridgelm.{name}']).__name__ == 'module'\n"
-            "assert type(bridgelm.types).__name__ == 'module'\n")
-    strict = ["-W", "error::ImportWarning"]  # which importlib gives where a submodule could not be set
-    done = subprocess.run([sys.executable, *strict, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+PAGES = {DOCS: {"methods": catalogue.table}, ROOT / "README.md": {"rooms": short_tree},
+         ROOT / "docs" / "data-flow.md": {"rooms": import_table, "tree": tree}}
+
+
+def with_tables(path: Path) -> str:
+    text = path.read_text()
+    for mark, make in PAGES[path].items():
+        text = re.sub(rf"(<!-- {mark}:begin -->\n).*(<!-- {mark}:end -->)",
+                      lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.DOTALL)
+    return text
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_is_generated_is_up_to_date(path: Path) -> None:
+    assert with_tables(path) == path.read_text(), "python tests/unit/test_structure.py writes it"
 
 
 if __name__ == "__main__":
     SURFACE.write_text(json.dumps(surface(), indent=1) + "\n")
-    DOCS.write_text(with_table(DOCS.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page))

@@ -335,7 +335,7 @@ def test_mistakes_are_seen_without_torch(changes: dict[str, Any], words: str, tm
 
 def test_check_data_looks_at_both_tokenizers_and_loads_no_torch(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "toy" / "kdrl.toml"
-    code = ("import sys\nfrom bridgelm.cli import main\n"
+    code = ("import sys\nfrom bridgelm.cli.main import main\n"
             f"code = main(['check', {str(recipe)!r}, 'out={tmp_path}', '--data'])\n"
             "sys.exit(' '.join({'torch'} & set(sys.modules)) or code)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

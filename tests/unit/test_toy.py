@@ -32,7 +32,7 @@ def test_generators_are_deterministic_and_seeded(family):
 
 
 def test_generators_do_not_depend_on_the_hash_seed():
-    code = "from bridgelm import toy; print([p.prompt for p in toy.problems('hops', 'train', 20)])"
+    code = "from bridgelm.data import toy; print([p.prompt for p in toy.problems('hops', 'train', 20)])"
     seen = set()
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed}

@@ -1,0 +1,1 @@
+"""Benchmark suites: their items, prompts and scores, contamination, and lm-evaluation-harness."""

@@ -1,5 +1,5 @@
-"""EleutherAI's lm-evaluation-harness on a run of ours: `python -m bridgelm.harness` is its command line with one more
-model, `bridgelm`. Needs the extra `lm-eval`; see docs/harness.md."""
+"""EleutherAI's lm-evaluation-harness on a run of ours. `python -m bridgelm.benchmarks.harness` is its command line with one
+more model, `bridgelm`. Needs the extra `lm-eval`; see docs/harness.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ try:
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 except ImportError as missing:
-    SAID = f"{missing}; bridgelm.harness needs more packages: pip install 'bridgelm[lm-eval]'"
+    SAID = f"{missing}; bridgelm.benchmarks.harness needs more packages: pip install 'bridgelm[lm-eval]'"
     if __name__ != "__main__":
         raise ImportError(SAID) from None
     print(f"error: {SAID}", file=sys.stderr)

@@ -282,10 +282,12 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def run_init(args: argparse.Namespace) -> None:
+    from bridgelm.config.run_config import starter
+
     if args.path.exists():
         raise UserError(f"{args.path}: exists already; name another file: bridgelm init PATH")
     try:
-        args.path.write_text(Path(__file__).with_name("starter.toml").read_text(encoding="utf-8"), encoding="utf-8")
+        args.path.write_text(starter(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{args.path}: cannot be written ({error.strerror})") from None
     print(f"wrote {args.path}\nnext: change the lines marked <--, then  bridgelm check {args.path} --data")

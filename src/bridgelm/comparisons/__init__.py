@@ -1,0 +1,1 @@
+"""Training several methods and seeds, and comparing them."""

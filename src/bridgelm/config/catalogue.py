@@ -22,7 +22,7 @@ from bridgelm.config.options import parts
 from bridgelm.config.run_config import RunConfig, stage_steps
 from bridgelm.errors import UserError
 
-METHODS_FOLDER = Path(__file__).parent / "methods"
+METHODS_FOLDER = Path(__file__).parents[1] / "methods"
 
 
 @dataclass(frozen=True, slots=True)

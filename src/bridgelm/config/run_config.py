@@ -305,3 +305,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [model for inner in typing.get_args(annotation) for model in _models(inner)]
+
+
+def starter() -> str:
+    """The commented file that `bridgelm init` writes."""
+    return Path(__file__).with_name("starter.toml").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Problems and demonstrations: reading, splitting and drawing them, and turning text into token ids."""

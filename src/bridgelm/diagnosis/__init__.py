@@ -1,0 +1,1 @@
+"""What SFT and RL did to each other in a run."""

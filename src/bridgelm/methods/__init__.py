@@ -1,4 +1,4 @@
-"""The registry: one line a method."""
+"""The training methods, one file each, and the registry that names them."""
 
 from bridgelm.methods.alternate import Alternate
 from bridgelm.methods.amft import Amft

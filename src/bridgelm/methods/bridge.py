@@ -242,7 +242,8 @@ class Bridge(Method):
                        "measured against RL; use shadow_step = 'shared_moments'")
         if metrics.get("bridge/ess", 1.0) < shadow_diagnostics.RELIABLE:
             out.append(f"BRIDGE's shadow has left the rollouts' policy (effective sample size under "
-                       f"{shadow_diagnostics.RELIABLE:.0%}): the gain by importance weights is not reliable; set probe_every")
+                       f"{shadow_diagnostics.RELIABLE:.0%}): the gain by importance weights is not reliable; set "
+                       "probe_every")
         return out
 
     def state(self) -> dict[str, Any]:

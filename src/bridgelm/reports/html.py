@@ -42,7 +42,7 @@ BRIDGES = 6  # methods whose diagnostics are drawn
 
 def page(comparison: Comparison, title: str) -> str:
     """The whole document."""
-    assets = files("bridgelm") / "assets"
+    assets = files("bridgelm.reports") / "assets"
     css, script = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"

@@ -1,0 +1,1 @@
+"""The training loop, checkpoints, evaluation on the validation and test sets, and merged models."""

@@ -1,4 +1,4 @@
-"""Pretrain the shipped models: `python -m bridgelm.toy.build base|teacher [--minutes M] [--out FOLDER]`.
+"""Pretrain the shipped models: `python -m bridgelm.data.toy.build base|teacher [--minutes M] [--out FOLDER]`.
 
 The base imitates a legal but unskilled walker, so that moves, bookkeeping and format are nearly perfect and only the
 choice of the next move is left to learn. The walker has a small goal bias (else reward is too rare to learn from), a
