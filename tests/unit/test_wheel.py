@@ -53,7 +53,7 @@ def test_the_commands_work_from_it(unpacked: Path, tmp_path: Path) -> None:
 
 def test_the_console_script_and_the_licence_are_declared(unpacked: Path) -> None:
     (info,) = unpacked.glob("bridgelm-*.dist-info")
-    assert "bridgelm = bridgelm.cli:main" in (info / "entry_points.txt").read_text()
+    assert "bridgelm = bridgelm.cli.main:main" in (info / "entry_points.txt").read_text()
     assert "Apache License" in (info / "licenses" / "LICENSE").read_text()
     metadata = (info / "METADATA").read_text()
     assert "Requires-Python: >=3.11" in metadata

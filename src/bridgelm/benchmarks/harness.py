@@ -1,5 +1,5 @@
-"""EleutherAI's lm-evaluation-harness on a run of ours. `python -m bridgelm.benchmarks.harness` is its command line with one
-more model, `bridgelm`. Needs the extra `lm-eval`; see docs/harness.md."""
+"""EleutherAI's lm-evaluation-harness on a run of ours. `python -m bridgelm.benchmarks.harness` is its command line with
+one more model, `bridgelm`. Needs the extra `lm-eval`; see docs/harness.md."""
 
 from __future__ import annotations
 
