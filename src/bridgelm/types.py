@@ -46,7 +46,7 @@ class Problem:
     answer: str | None = None
     demos: tuple[Demo, ...] = ()
     difficulty: float | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     conversational: bool = False  # the row gave messages, so reward functions get messages and not strings
     place: str = field(default="", compare=False)  # file and line of its row
 
@@ -111,7 +111,7 @@ class Row:
     verdict: Verdict | None = None
     finished: bool = True
     text: str = ""
-    streams: Mapping[str, Stream] = field(default_factory=dict)
+    streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     given: int = 0
     times: float = 1.0  # how often the row counts in every term, its denominator included; 0: not at all
     teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
@@ -135,7 +135,7 @@ class Batch:
 
     rows: tuple[Row, ...]
     counts: Mapping[str, float]
-    stats: Mapping[str, Any] = field(default_factory=dict)  # what the method's `probe` found
+    stats: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what the method's `probe` found
 
     def kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -183,7 +183,7 @@ class Micro:
     layout: Layout  # the same tokens without padding
     weight: Mapping[str, Tensor]
     scale: Mapping[str, Tensor]
-    stats: Mapping[str, Any] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __contains__(self, name: str) -> bool:
         return name in self.weight

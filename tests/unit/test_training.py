@@ -404,3 +404,10 @@ def test_a_row_is_frozen(session: Sessions) -> None:
     with pytest.raises(AttributeError):
         row.reward = 1.0
     assert replace(row, reward=2.0).reward == 2.0
+
+
+def test_a_model_card_names_no_folder_of_this_machine(raw: Raw, tmp_path: Path) -> None:
+    run = bridgelm.train(raw("sft"), quiet=True)
+    card = (bridgelm.export(run.path, tmp_path / "out") / "README.md").read_text()
+    assert "sft" in card and "test accuracy" in card
+    assert str(tmp_path) not in card and "/" not in card.split("`")[1], card

@@ -26,9 +26,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-from bridgelm.runs import disk
 from bridgelm.config.run_config import RunConfig
 from bridgelm.errors import UserError
+from bridgelm.runs import disk
 from bridgelm.runs.sinks import Sink, check_sinks, open_sinks
 
 try:

@@ -20,12 +20,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridgelm.runs import disk
-from bridgelm.data.chat import model_path
-from bridgelm.config.run_config import ModelConfig, RunConfig, make_config, up_to_date
-from bridgelm.errors import UserError
-from bridgelm.runs.folder import RunFolder, read_json, versions, write_json
 from bridgelm.config.options import parts
+from bridgelm.config.run_config import ModelConfig, RunConfig, make_config, up_to_date
+from bridgelm.data.chat import model_path
+from bridgelm.errors import UserError
+from bridgelm.runs import disk
+from bridgelm.runs.folder import RunFolder, read_json, versions, write_json
 from bridgelm.types import Problem
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bridgelm.config import catalogue
-from bridgelm.config.run_config import ModelConfig, RunConfig, absolute, stage_steps
-from bridgelm.data.sources import FORMS, HUB
-from bridgelm.errors import UserError
-from bridgelm.data.model_files import check_index
-from bridgelm.data.model_shapes import TOY, model_path
 from bridgelm.config.options import SequenceOptions
 from bridgelm.config.options.optim import NO_LIBRARY
 from bridgelm.config.options.teachers import TeacherConfig
+from bridgelm.config.run_config import ModelConfig, RunConfig, absolute, stage_steps
+from bridgelm.data.model_files import check_index
+from bridgelm.data.model_shapes import TOY, model_path
+from bridgelm.data.sources import FORMS, HUB
+from bridgelm.errors import UserError
 from bridgelm.runs.sinks import check_sinks
 
 DATA_KEYS = ("train", "demos", "validation", "test")

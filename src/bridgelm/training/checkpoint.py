@@ -314,10 +314,15 @@ def export(run_path: str | Path, out: str | Path, which: str = "final") -> Path:
     return out
 
 
+def _public(name: str) -> str:
+    """A name without the folders of this machine: a model card is there to be published."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def _card(run: Path, which: str) -> str:
     config = read_json(run / "config.json") or {}
     info, result = read_json(run / "run.json") or {}, (read_json(run / "result.json") or {}).get(which, {})
-    base, method = config["model"]["name_or_path"], config["method"]["name"]
+    base, method = _public(config["model"]["name_or_path"]), config["method"]["name"]
     accuracy = f"{result['accuracy']:.3f} (95 % interval {result['interval'][0]:.3f} to {result['interval'][1]:.3f}, " \
                f"{result['n']} problems, greedy)" if result else "not measured"
     return f"""---
@@ -331,7 +336,7 @@ tags: [bridgelm, {method}]
 `{base}` trained with BridgeLM's `{method}` for {config['steps']} steps (seed {config['seed']}); the {which} weights,
 all adapters merged.
 
-- Training data: `{config['data']['train']}`; test accuracy: {accuracy}
+- Training data: `{_public(config['data']['train'])}`; test accuracy: {accuracy}
 - BridgeLM {info.get('bridgelm', '?')}, commit {info.get('commit') or 'unknown'}; torch {info.get('torch', '?')},
   transformers {info.get('transformers', '?')}
 
