@@ -256,3 +256,42 @@ def test_a_home_folder_is_expanded_and_mps_is_refused(monkeypatch):
     assert model_path("~/model") == "/somewhere/model"
     with pytest.raises(UserError, match="'cpu', 'cuda'"):
         check_static(make_config(_sequence(False, model={"device": "mps"})))
+
+
+# -- recipes that are based on another one -----------------------------------------------------------------------------
+
+def write_recipe(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    """Tables are merged key by key at every depth, a method is replaced, variants are inherited and the name is not."""
+    write_recipe(tmp_path / "shared" / "whole.toml", """
+        name = "whole"
+        method = { name = "joint", mu = 0.3 }
+        model = { name_or_path = "toy:base" }
+        reward = { verifier = "toy" }
+        [data]
+        train = "toy:hops"
+        toy = { train_size = 30, layout = "paired" }
+        [variants.slow]
+        optim = { lr = 1e-7 }
+    """)
+    write_recipe(tmp_path / "middle.toml", 'base = "shared/whole.toml"\nsteps = 7\n[data.toy]\ntrain_size = 20\n')
+    leaf = write_recipe(tmp_path / "leaf.toml", 'base = "middle.toml"\nmethod = { name = "grpo" }\n')
+    found = load_config(leaf, ["steps=9"])
+    assert (found.name, found.steps, found.method.name) == ("leaf", 9, "grpo")
+    assert (found.data.train, found.data.toy.train_size, found.data.toy.layout) == ("toy:hops", 20, "paired")
+    assert load_config(leaf, ["variant=slow"]).optim.lr == 1e-7
+    assert load_config(tmp_path / "middle.toml").method.mu == 0.3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('base = "mine.toml"', "based on this file itself"), ('base = "missing.toml"', "missing.toml: cannot be read"),
+    ("base = 3", "write the path of a TOML file")])
+def test_a_base_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load_config(write_recipe(tmp_path / "mine.toml", text))
+    assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from bridgelm.config.options.optim import OptimConfig
 from bridgelm.config.options.reward import RewardConfig
 from bridgelm.config.options.rollout import RolloutConfig
 from bridgelm.config.options.teachers import TeacherConfig
-from bridgelm.config.variants import with_variants
+from bridgelm.config.variants import with_base, with_variants
 from bridgelm.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
@@ -208,8 +208,18 @@ def stage_steps(options: SequenceOptions, total: int) -> list[int]:
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file (or a run folder's config.json) and apply `a.b=value` overrides."""
+    """Read a TOML file (or a run folder's config.json) with the file that it is based on, and apply `a.b=value`
+    overrides."""
     path = Path(path)
+    raw = with_base(_read(path), path, _read)
+    raw.setdefault("name", path.stem)
+    raw, overrides = with_variants(raw, overrides, str(path))
+    for item in overrides:
+        _override(raw, item)
+    return make_config(raw, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -222,17 +232,13 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         raise UserError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a table of settings; a run folder's config.json is one")
-    raw.setdefault("name", path.stem)
-    raw, overrides = with_variants(raw, overrides, str(path))
-    for item in overrides:
-        _override(raw, item)
-    return make_config(raw, str(path))
+    return raw
 
 
 def variant_names(path: str | Path) -> list[str]:
     """The variants that a TOML file carries."""
-    found = tomllib.loads(Path(path).read_text(encoding="utf-8")) if Path(path).suffix == ".toml" else {}
-    return list(found.get("variants", {}))
+    path = Path(path)
+    return list(with_base(_read(path), path, _read).get("variants", {})) if path.suffix == ".toml" else []
 
 
 def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:

@@ -1,10 +1,12 @@
-"""A recipe can carry variants of itself, such as the baselines of a method: `[variants.NAME]` holds what differs.
-`variant=NAME` chooses one on any command that takes key=value; `bridgelm compare FILE --methods NAME` trains it beside
-the recipe itself."""
+"""Recipes that differ in a few keys. `base = "FILE"` lays a recipe over another one, whose path is relative to its own
+folder. A recipe can also carry variants of itself, such as the baselines of a method, in tables `[variants.NAME]` that
+hold what differs. `variant=NAME` chooses one on any command that takes key=value, and
+`bridgelm compare FILE --methods NAME` trains it beside the recipe itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bridgelm.errors import UserError
@@ -29,7 +31,29 @@ def with_variants(raw: dict[str, Any], overrides: Sequence[str], where: str) -> 
     return raw, rest
 
 
+def with_base(raw: dict[str, Any], path: Path, read: Callable[[Path], dict[str, Any]],
+              seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file laid over those of the file that its key `base` names. The name is never inherited: it
+    would send two runs to one folder."""
+    if "base" not in raw:
+        return raw
+    seen = (*seen, path.resolve())
+    name = raw.pop("base")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: base: write the path of a TOML file, relative to the folder of this one")
+    other = path.parent / name
+    if other.resolve() in seen:
+        raise UserError(f"{path}: base: {name} is based on this file itself")
+    below = with_base(read(other), other, read, seen)
+    below.pop("name", None)
+    return _laid_over(below, raw)
+
+
 def _laid_over(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Tables are changed key by key, but a method is replaced: its keys mean nothing to another one."""
-    return {**raw, **{key: {**raw.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
-                      for key, value in changes.items()}}
+    def one(key: str, value: Any) -> Any:
+        inner = raw.get(key)
+        tables = isinstance(value, dict) and isinstance(inner, dict)
+        return _laid_over(inner, value) if tables and key != "method" else value
+
+    return {**raw, **{key: one(key, value) for key, value in changes.items()}}
