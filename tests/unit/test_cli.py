@@ -87,6 +87,19 @@ def test_a_right_file_passes(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "5 problems" in capsys.readouterr().out
 
 
+def test_golds_that_the_verifier_does_not_accept_are_named(place: Path, capsys: pytest.CaptureFixture[str],
+                                                           refuse: Callable[..., str]) -> None:
+    words = ["check", "my.toml", "--data", "reward.verifier=math"]
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    rows[0]["answer"] = "It is one and one.\n#### 1,200"
+    rows[1] |= {"id": "x", "answer": "We think\nthat it is a cat"}
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refuse(*words)
+    assert "1 of 5 rows: train.jsonl:2" in line.replace(f"{place}/", "")
+    assert main([*words, "reward.max_error_rate=0.5"]) == 0
+    assert "train.jsonl:2: 'We think that it is a cat': error, the gold answer is a text" in capsys.readouterr().out
+
+
 def append(path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
 
@@ -316,7 +329,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     result = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 100, "by_difficulty": {"3": [0.5, 100]}, "length": 9.0,
               "truncated": 0.0, "k": 4, "avg_k": 0.45, "pass_k": {"1": 0.45, "4": 0.8}}
-    done = types.SimpleNamespace(path=Path("runs/my"))
+    done = types.SimpleNamespace(path=Path("runs/my"), warnings=[{"step": 20, "text": "careful"}])
     stand_ins = {"training.loop": {"train": keep("train", done), "resume": keep("resume", done)},
                  "training.evaluation": {"evaluate_run": keep("evaluate", result)},
                  "training.checkpoint": {"export": keep("export", Path("out"))},
@@ -337,7 +350,9 @@ def test_train_takes_overrides_before_and_behind_options(place: Path, work: dict
     assert main(["train", "my.toml", "steps=7", "--quiet", "seed=3", "optim.lr=1e-4"]) == 0
     (config,), kwargs = work["train"]
     assert (config.steps, config.seed, config.optim.lr, kwargs) == (7, 3, 1e-4, {"quiet": True})
-    assert "next: bridgelm report runs/my" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: bridgelm report runs/my" in said
+    assert "warning (step 20): careful\n" in said, "also where nothing was shown while it ran"
 
 
 def test_resume(place: Path, work: dict[str, Any], refuse: Callable[..., str]) -> None:

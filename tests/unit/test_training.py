@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bridgelm.watch import Watch
 
 import bridgelm
 from bridgelm.errors import UserError
@@ -235,6 +236,47 @@ def reward(prompts, completions, **columns):
 """)
     with pytest.raises(UserError, match=r"reward.*max_error_rate"):
         bridgelm.train(raw("grpo", reward={"functions": functions}), quiet=True)
+
+
+def test_a_run_that_learns_nothing_says_so_once_and_counts_on_when_resumed(raw: Raw, tmp_path: Path) -> None:
+    functions = write_reward(tmp_path / "zero.py", """
+def reward(prompts, completions, **columns):
+    return [0.0 for _ in completions]
+""")
+    changes = {"reward": {"functions": functions}, "eval": {"every": 0}, "steps": 23, "checkpoint_every": 15,
+               "rollout": {"prompts": 2, "group": 2, "max_new_tokens": 1}}
+    taken = loop.take_step
+
+    def stops(session: Any) -> Any:
+        if session.step == 18:
+            raise KeyboardInterrupt
+        return taken(session)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            bridgelm.train(raw("grpo", **changes), quiet=True)
+    run = loop.resume(tmp_path / "runs" / "run", quiet=True)
+    cut = all(event["truncated"] == 1 for event in run.metrics[:20])
+    assert [(event["step"], event["text"].split()[7]) for event in run.warnings] == [
+        (20, "answers"), (20, "gradient"), *[(20, "answer")] * cut]
+    assert all("for 20 steps in a row" in event["text"] for event in run.warnings)
+    assert "no answer was right" in run.warnings[0]["text"]
+    assert "Warnings" in bridgelm.report([run.path]).read_text()
+
+
+def test_what_is_counted_is_steps_in_a_row() -> None:
+    watch = Watch()
+    flat = {"flat_groups": 1.0, "correct": 0.5, "truncated": 1.0, "grad_norm/theta": 0.0}
+    for _ in range(19):
+        assert watch.warnings(flat, 8) == []
+    assert watch.warnings({"loss/nll": 1.0}, 8) == [], "a step without rollouts and gradient changes no count"
+    assert watch.warnings({**flat, "truncated": 0.5}, 8)[0].startswith("for 20 steps in a row all answers of")
+    for _ in range(19):
+        assert watch.warnings(flat, 8) == []
+    cut, = watch.warnings(flat, 8)
+    assert cut.startswith("for 20 steps in a row every answer was cut at rollout.max_new_tokens = 8")
+    assert watch.warnings(flat, 8) == []
 
 
 # -- rollouts --------------------------------------------------------------------------------------------------------

@@ -82,6 +82,34 @@ def test_extraction_is_linear_on_hostile_text(piece):
     assert time.process_time() - start < 5
 
 
+SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### {}"
+
+
+@pytest.mark.parametrize(("gold", "text", "right"), [
+    (SOLUTION.format("72"), r"so \boxed{72}", True),
+    (SOLUTION.format("72"), "The answer is 73.", False),
+    (SOLUTION.format("72"), SOLUTION.format("72").replace("24", "23"), True),
+    (SOLUTION.format("1,072"), "1072", True),
+    (SOLUTION.format("$1,072"), r"\boxed{1072}", True),
+    (SOLUTION.format("72 clips"), "#### 72", True),
+    ("x\n#### -3.50", "-7/2", True),
+    ("5", "reasoning\n#### 6", False),
+    ("5", "#### Step 1\n3 and 2 are to be added.\nThe answer is 5.", True),
+])
+def test_the_form_of_gsm8k(gold, text, right):
+    judge = MathJudge(1.0, 1)
+    found = judge.decide([gold], [text])[0]
+    judge.close()
+    assert found.verdict is (Verdict.CORRECT if right else Verdict.WRONG)
+
+
+def test_a_gold_of_prose_in_which_no_answer_stands_is_an_error():
+    with build_verifier(RewardConfig(verifier="math")) as verifier:
+        grades = verifier.grade([task("We have three cats\nand they are all here")], ["3"])
+        assert grades == [Grade(0.0, Verdict.ERROR)]
+        assert "a text of several lines" in verifier.last_error
+
+
 # ---------------------------------------------------------------- exact and toy
 
 

@@ -188,6 +188,8 @@ def _train(args: argparse.Namespace, restarted: bool = False) -> None:
 
         run = loop.train(config, quiet=args.quiet)
     if _first():
+        for event in run.warnings:
+            print(f"warning (step {event['step']}): {event['text']}")
         print(f"{run}\nnext: bridgelm report {run.path}   or   bridgelm export {run.path} OUT")
 
 

@@ -53,7 +53,8 @@ def _laid_over(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Tables are changed key by key, but a method is replaced: its keys mean nothing to another one."""
     def one(key: str, value: Any) -> Any:
         inner = raw.get(key)
-        tables = isinstance(value, dict) and isinstance(inner, dict)
-        return _laid_over(inner, value) if tables and key != "method" else value
+        if isinstance(value, dict) and isinstance(inner, dict) and key != "method":
+            return _laid_over(inner, value)
+        return value
 
     return {**raw, **{key: one(key, value) for key, value in changes.items()}}

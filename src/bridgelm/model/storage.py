@@ -97,7 +97,7 @@ def step(optimiser: torch.optim.Optimizer, parts: Iterable[tuple[str, Tensor, Te
         p.grad = None
         squares[name] = optim.square_of_step(optimiser, p)
         p.data = weights.lay(p.data, name, noise)
-        for key, value in state.items():
+        for key, value in sorted(state.items()):  # rounding draws in this order, in a resumed run as well
             if _large(value):
                 state[key] = moments.lay(value, name, noise)
     return math.sqrt(grads.total(squares))

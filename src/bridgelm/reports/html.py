@@ -66,7 +66,7 @@ def page(comparison: Comparison, title: str) -> str:
 def _sections(comparison: Comparison) -> list[tuple[str, str, str]]:
     several = len(comparison.methods) > 1
     return [
-        ("short", "In short", _short(comparison)),
+        ("short", "In short", _short(comparison) + _warnings(comparison.runs)),
         ("curves", "Accuracy against compute", _curves(comparison)),
         ("results", "Results", _results(comparison)),
         ("differences", "Paired differences", _differences(comparison) if several else ""),
@@ -255,7 +255,7 @@ def _diagnostics(comparison: Comparison) -> str:
               for method in methods[:BRIDGES]]
     more = len(methods) - BRIDGES
     left = f"<p>{more} more BRIDGE variants are drawn among the figure files.</p>" if more > 0 else ""
-    return "".join(blocks) + left + _warnings([run for method in methods for run in method.runs])
+    return "".join(blocks) + left
 
 
 def _demonstrations(comparison: Comparison) -> str:

@@ -30,7 +30,7 @@ from bridgelm.runs.folder import read_json, write_json
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CHECKSUM = "xxh3_128"  # the manifest's key: what the checksums are
-NEEDED = {"step", "method", "data", "ledger", "best", "said", "due", "random"}  # of the state
+NEEDED = {"step", "method", "data", "ledger", "best", "said", "watch", "due", "random"}  # of the state
 KEPT = 2
 OURS = re.compile(r"(step|\.draft)-\d{6,}(-old)?")  # what lies in RUN/checkpoints by our hand
 

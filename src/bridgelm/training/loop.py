@@ -38,6 +38,7 @@ from bridgelm.training.ahead import ask_ahead, plain
 from bridgelm.training.evaluation import measure
 from bridgelm.training.probe import Probe
 from bridgelm.training.signals import Interrupted, stoppable
+from bridgelm.training.watch import Watch
 from bridgelm.types import Metrics, Problem, Row
 from bridgelm.verify.ranked import shared_verifier
 
@@ -68,6 +69,7 @@ class Session:
     step: int = 0  # completed
     best: dict[str, Any] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    watch: Watch = field(default_factory=Watch)
     stop: bool = False
     probe: Probe | None = None
     due: list[str] = field(default_factory=lambda: ["look", "probe"])  # what follows the last step and is not yet done
@@ -182,6 +184,7 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
         ledger.load(state["ledger"])
         session.step, session.best, session.said = state["step"], state["best"], set(state["said"])
         session.due, session.saved = state["due"], (state["step"], list(state["due"]))
+        session.watch.load(state["watch"])
         roll.load(state.get("ahead"))
         _check_best(session)
     if damaged:
@@ -327,9 +330,11 @@ def take_step(session: Session) -> Metrics | dict[str, Any]:
                         "for what grew before it") from None
     session.step += 1
     metrics = {key: float(np.mean([m[key] for m in found if key in m])) for key in {k for m in found for k in m}}
-    _warn(session, [*method.warnings(metrics), *mismatch.warnings(drift, config.rollout.mismatch_warning)])
+    rolled = summary(rows)
+    _warn(session, [*method.warnings(metrics), *mismatch.warnings(drift, config.rollout.mismatch_warning),
+                    *session.watch.warnings({**rolled, **metrics}, roll.sampling.max_new_tokens)])
     _keep_samples(session, rows)
-    return {"phase": method.phase, **summary(rows), **drift, **dict(sorted(metrics.items())),
+    return {"phase": method.phase, **rolled, **drift, **dict(sorted(metrics.items())),
             "lr": session.policy.optimisers["theta"].lr * policy.factor,
             "time/rollout": gathered - clock, "time/update": time.perf_counter() - gathered}
 
@@ -380,7 +385,7 @@ def _measure(session: Session, problems: tuple[Problem, ...], samples: int, mode
 
 def _state(session: Session) -> dict[str, Any]:
     return {"method": session.method.state(), "data": session.data.state(), "ledger": session.policy.ledger.state(),
-            "best": session.best, "said": sorted(session.said), "due": session.due}
+            "best": session.best, "said": sorted(session.said), "watch": session.watch.state(), "due": session.due}
 
 
 def save(session: Session) -> None:
