@@ -188,12 +188,12 @@ def test_a_second_signal_stops_at_once(raw: Make, tmp_path: Path, monkeypatch: p
     loop.train(config_of(raw, "bridge", tmp_path / "whole"), quiet=True)
     apply, calls = Policy.apply, []
 
-    def twice(self: Policy, name: str, gradient: Any) -> float:
+    def twice(self: Policy, name: str, gradient: Any, **options: Any) -> float:
         calls.append(name)
         if len(calls) == 8:  # in the middle of the third step
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
-        return apply(self, name, gradient)
+        return apply(self, name, gradient, **options)
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "apply", twice)
         with pytest.raises(loop.Interrupted):

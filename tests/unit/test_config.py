@@ -197,8 +197,8 @@ def test_file_mistakes(tmp_path: Path) -> None:
 
 def test_the_name_is_the_file_s_unless_it_is_given(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    text = (RECIPES / "sft.toml").read_text()
-    file.write_text(text.replace('name = "sft"\nsteps', "steps"))
+    text = (RECIPES / "joint.toml").read_text()
+    file.write_text(text.replace('name = "joint"\nsteps', "steps"))
     assert load_config(file).name == "mine"
 
 

@@ -97,7 +97,7 @@ def test_noise_is_taken_out_of_the_cosine() -> None:
 def test_both_orders_over_seeds_say_what_is_shown_and_what_is_not(tmp_path: Path, capsys: Any) -> None:
     paths = [write(tmp_path, name, seed) for name in ORDERS for seed in (0, 1, 2)]
     out = tmp_path / "out"
-    assert main.main(["diagnose", *map(str, paths), "--out", str(out)]) == 0
+    assert main(["diagnose", *map(str, paths), "--out", str(out)]) == 0
     assert str(out / "diagnosis.md") in capsys.readouterr().out
     text = (out / "diagnosis.md").read_text()
     assert "cold: RL (grpo, steps 20–60) raised the CE of the demonstrations (+0.440 [" in text

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridgelm.watch import Watch
 
 import bridgelm
 from bridgelm.errors import UserError
@@ -21,6 +20,7 @@ from bridgelm.objective import credit
 from bridgelm.rollout.roller import summary
 from bridgelm.runs.folder import RunFolder
 from bridgelm.training import checkpoint, loop
+from bridgelm.training.watch import Watch
 from bridgelm.types import Grade, Row, Verdict
 
 Raw = Callable[..., dict[str, Any]]
@@ -435,7 +435,7 @@ def test_what_a_user_keeps_among_the_checkpoints_stays(raw: Raw) -> None:
     kept = shutil.copytree(path / "step-000001", path / "step-000001-good")
     policy = SimpleNamespace(tensors=dict)
     checkpoint.save(path.parent, 2, policy, {})  # pyright: ignore[reportArgumentType]
-    assert sorted(p.name for p in path.iterdir()) == ["step-000001-good", "step-000002"]
+    assert sorted(p.name for p in path.iterdir()) == ["step-000001", "step-000001-good", "step-000002"]
     assert (kept / checkpoint.STATE).exists() and checkpoint.newest(path.parent) == path / "step-000002"
 
 

@@ -38,7 +38,7 @@ def test_every_file_of_the_package_is_in_it(unpacked: Path) -> None:
     expected = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
     found = {path.relative_to(unpacked / "bridgelm") for path in (unpacked / "bridgelm").rglob("*") if path.is_file()}
     assert expected == found
-    assert Path("toy/models/base/model.safetensors") in found
+    assert Path("data/toy/models/base/model.safetensors") in found
 
 
 def test_the_commands_work_from_it(unpacked: Path, tmp_path: Path) -> None:
