@@ -1,6 +1,5 @@
 """`guide` against exact expectations over every answer, plain loops, and finite differences; and mutants of each line.
 
-A check is a function of the method's module: the shipped one passes it, and each mutant fails the check named for it.
 Test C stands for the two policies: one token, the guide's logit of action 1 is 1.2, theta's is .4, and R = 1[a = 1].
 """
 
@@ -10,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,16 @@ import pytest
 import torch
 from checks import close
 from exact import run_config, sigmoid
-from mutants import Swaps, mutate
-from ratios import ANSWERS, JOINT_2, PROBLEM, SHADOW_2, logp_2, prob, row, slope, token_probs
+from mutation import Mutant, mutants
+from ratios import ANSWERS, JOINT_2, PROBLEM, SHADOW_2, logp_2, row, slope
 from torch import Tensor
 from transformer import VOCABULARY, all_logps, build, merged, spread, wide_norm
 
 from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.methods import guide as guide_module
+from bridgelm.methods import guide as module
+from bridgelm.methods.guide import Guide
 from bridgelm.model import batching
 from bridgelm.model.policy import Grads, Policy
 from bridgelm.objective import losses
@@ -122,9 +122,9 @@ def data(demos: Any = ()) -> Any:
     return SimpleNamespace(problems=lambda n: [PROBLEM] * n, demos=lambda n: [(PROBLEM, d) for d in demos])
 
 
-def method_of(module: ModuleType, prompts: int = 1, group: int = 4, rollout: Any = (), **options: Any) -> Any:
+def method_of(prompts: int = 1, group: int = 4, rollout: Any = (), **options: Any) -> Any:
     config = run_config({"name": "guide", **options}, rollout={"prompts": prompts, "group": group, **dict(rollout)})
-    return module.Guide(config.method, config)
+    return Guide(config.method, config)
 
 
 def won(answer: tuple[int, ...]) -> float:
@@ -141,7 +141,6 @@ def one_update(method: Any, policy: Any, answers: Any, reward: Any = won, demos:
 
 def expect(
     found: Callable[[Any], Any],
-    module: ModuleType,
     guide: Any = GUIDE,
     theta: Any = THETA,
     logp: LogP = logp_1,
@@ -153,7 +152,7 @@ def expect(
     """The exact mean over all outcomes of one group."""
     total, mass = 0.0, 0.0
     for outcome in itertools.product(answers, repeat=group):
-        end = one_update(method_of(module, group=group, **options), Table(guide, theta, logp), outcome, reward)
+        end = one_update(method_of(group=group, **options), Table(guide, theta, logp), outcome, reward)
         total, mass = total + end.roll.probability * np.asarray(found(end)), mass + end.roll.probability
     close(mass, 1.0, 1e-14, "all outcomes")
     return np.asarray(total)
@@ -162,18 +161,18 @@ def expect(
 # -- the checks --------------------------------------------------------------------------------------------------------
 
 
-def gain_is_unbiased(module: ModuleType) -> None:
+def test_gain_is_unbiased() -> None:
     names = ("guide/gain", "guide/theta_reward", "guide/guide_reward")
     for share, guided in ((0.5, 2), (0.25, 1), (0.75, 3)):
-        found = expect(lambda end: [end.metrics[n] for n in names], module, share=share)
+        found = expect(lambda end: [end.metrics[n] for n in names], share=share)
         close(found, [sigmoid(1.2) - sigmoid(0.4), sigmoid(0.4), sigmoid(1.2)], 1e-15, f"{guided} of 4 guided")
     close(found[0], 0.169837, 5e-7, "the printed gap of test C")
 
 
-def lead_is_unbiased(module: ModuleType) -> None:
+def test_lead_is_unbiased() -> None:
     """w's RL gradient is dJ(theta + w)/dw, whatever theta's half scores and however far it is from the guide."""
     for guide, theta in ((GUIDE, THETA), (-0.3, 2.0), (0.5, 0.5)):
-        found = expect(lambda end: end.applied["w"], module, guide, theta, **{"lambda": 1.0, "kappa": 0.0})
+        found = expect(lambda end: end.applied["w"], guide, theta, **{"lambda": 1.0, "kappa": 0.0})
         close(found, slope(guide), 1e-15, f"guide {guide}, theta {theta}")
 
 
@@ -208,26 +207,26 @@ SETTINGS = (
 )
 
 
-def equations(module: ModuleType) -> None:
+def test_equations() -> None:
     demos = [(1,), (1,), (0,)]
     for settings in SETTINGS:
         names = {"lambda": "lam", "kappa": "kappa", "shape": "shape", "ratio_cap": "cap"}
         options = {key: settings[name] for key, name in names.items()} | {"rl": {"std": settings["std"]}}
         for outcome in itertools.product(((0,), (1,)), repeat=4):
-            end = one_update(method_of(module, **options), Table(GUIDE, THETA), outcome, demos=demos)
+            end = one_update(method_of(**options), Table(GUIDE, THETA), outcome, demos=demos)
             theta, w = by_hand(outcome, demos=demos, **settings)  # type: ignore[arg-type]
             close(end.applied["theta"], theta, 1e-14, f"theta on {outcome}, {settings}")
             close(end.applied["w"], w, 1e-14, f"w on {outcome}, {settings}")
-        flat = one_update(method_of(module), Table(GUIDE, THETA), [(1,)] * 4, lambda _: 0.1, demos=demos)
+        flat = one_update(method_of(), Table(GUIDE, THETA), [(1,)] * 4, lambda _: 0.1, demos=demos)
         assert not flat.applied["theta"].any(), "equal rewards teach theta nothing, to the bit"
         assert not any(np.any(r.streams["lead"].weight) for r in flat.rows if "lead" in r.streams)
 
 
-def pull_is_the_gradient_of_the_kl(module: ModuleType) -> None:
+def test_pull_is_the_gradient_of_the_kl() -> None:
     """Exact for one token; for two, the gradient of each token's KL with the prefixes held as the guide draws them."""
     options = {"lambda": 1.0, "kappa": 1.0, "reward": lambda _: 1.0}
     for guide, theta in ((GUIDE, THETA), (-0.5, 0.7)):
-        found = expect(lambda end: end.applied["w"], module, guide, theta, **options)
+        found = expect(lambda end: end.applied["w"], guide, theta, **options)
 
         def kl(z: float, t: float = theta) -> float:
             p, q = sigmoid(z), sigmoid(t)
@@ -235,17 +234,17 @@ def pull_is_the_gradient_of_the_kl(module: ModuleType) -> None:
 
         close(found, -(guide - theta) * slope(guide), 1e-15, "one token, in closed form")
         close(found, -(kl(guide + 1e-5) - kl(guide - 1e-5)) / 2e-5, 1e-10, "one token, by finite differences")
-    found = expect(lambda end: end.applied["w"], module, JOINT_2, SHADOW_2, logp_2, ANSWERS, 2, **options)
+    found = expect(lambda end: end.applied["w"], JOINT_2, SHADOW_2, logp_2, ANSWERS, 2, **options)
     reach = np.array([1.0, 1 - sigmoid(JOINT_2[0]), sigmoid(JOINT_2[0])])
     wanted = reach * (JOINT_2 - SHADOW_2) * np.array([slope(z) for z in JOINT_2])
     close(found, -wanted / 2, 1e-15, "two tokens: a mean over both")
 
 
-def denominators(module: ModuleType) -> None:
+def test_denominators() -> None:
     """Both of theta's terms are divided by the union's tokens, whatever the halves' sizes."""
     for share, guided in ((0.5, 2), (0.25, 1), (0.75, 3)):
         for aggregate, wanted in (("token", 4 * 3.0), ("row", 4.0), ("constant", 4 * 7.0)):
-            method = method_of(module, share=share, rl={"aggregate": aggregate}, rollout={"max_new_tokens": 7})
+            method = method_of(share=share, rl={"aggregate": aggregate}, rollout={"max_new_tokens": 7})
             end = one_update(method, Table(GUIDE, THETA, logp_long), [(0, 1, 1), (1, 0, 0)] * 2)
             counts = batching.make_batch(end.rows).counts
             close([counts["pg"], counts["guided"]], wanted, 0.0, f"{guided} guided, {aggregate}")
@@ -258,8 +257,8 @@ def logp_long(z: Tensor, r: Row) -> Tensor:
     return torch.cat([logp_1(z, r), torch.zeros(len(r.ids) - 2, dtype=torch.float64)])
 
 
-def halves_of_a_group(module: ModuleType) -> None:
-    method = method_of(module, prompts=3, group=6, share=0.3)
+def test_halves_of_a_group() -> None:
+    method = method_of(prompts=3, group=6, share=0.3)
     end = one_update(method, Table(GUIDE, THETA), [(i % 2,) for i in range(18)])
     assert end.roll.calls == [("live", 3, 4), ("guide", 3, 2)], "3 x 6 rollouts, as in every other method"
     assert [(r.at, r.group) for r in end.rows] == [("live", g) for g in (0, 1, 2) for _ in range(4)] + [
@@ -271,7 +270,7 @@ def halves_of_a_group(module: ModuleType) -> None:
         if r.at == "guide":
             close(math.exp(r.ref_logps[1]), q_theta, 1e-15, "theta's own probability of it")
     for share, wanted in ((0.01, 1), (0.99, 5), (0.42, 3), (0.41, 2)):
-        end = one_update(method_of(module, prompts=3, group=6, share=share), Table(GUIDE, THETA), [(1,)] * 18)
+        end = one_update(method_of(prompts=3, group=6, share=share), Table(GUIDE, THETA), [(1,)] * 18)
         assert end.roll.calls == [("live", 3, 6 - wanted), ("guide", 3, wanted)], "neither half is ever empty"
 
 
@@ -281,12 +280,12 @@ MEANS = (0.5, 0.0, 0.25, -0.875, -0.1875, 0.90625, 0.453125, 0.7265625)
 SHARES = (0.5, 0.5, 0.5, 0.25, 0.0, 0.0, 0.5, 0.25)
 
 
-def annealing(module: ModuleType) -> None:
-    method, policy = method_of(module, prompts=2, group=4, warmup=3, decay=0.5), Table(GUIDE, THETA)
+def test_annealing() -> None:
+    method, policy = method_of(prompts=2, group=4, warmup=3, decay=0.5), Table(GUIDE, THETA)
     for step, (gain, share, mean) in enumerate(zip(GAINS, SHARES, MEANS)):
         guided = max(1, round(4 * share))
         answers = [(0,)] * 2 * (4 - guided) + [(1,)] * 2 * guided
-        again = method_of(module, prompts=2, group=4, warmup=3, decay=0.5)
+        again = method_of(prompts=2, group=4, warmup=3, decay=0.5)
         again.load(method.state())
         method = again  # a resumed run follows the same schedule
         end = one_update(method, policy, answers, lambda a, g=gain: g * a[0], step=step)
@@ -312,13 +311,13 @@ class Graded(Handed):
         ]
 
 
-def gain_over_problems(module: ModuleType) -> None:
+def test_gain_over_problems() -> None:
     """A mean over problems with its standard error; failed grades are left out, and so is a half that has no other."""
     E = Verdict.ERROR
     own = [[1.0, 0.0, 0.0], [0.5, E, 1.0], [E, E, E], [0.0, 0.0, 0.0]]
     led = [[1.0, 1.0, E], [0.0, 0.2, 0.4], [1.0, 1.0, 0.0], [E, E, E]]
     gains = [1.0 - 1 / 3, 0.2 - 0.75]
-    method, policy = method_of(module, prompts=4, group=6, kappa=0.0), Table(GUIDE, THETA)
+    method, policy = method_of(prompts=4, group=6, kappa=0.0), Table(GUIDE, THETA)
     method.setup(policy)
     given = [x for half in (own, led) for group in half for x in group]
     rows = method.gather(data(), Graded(policy, [(i % 2,) for i in range(24)], given), 0)
@@ -340,11 +339,11 @@ def gain_over_problems(module: ModuleType) -> None:
     third = [float(r.streams["guided"].weight[-1]) for r in led_rows if r.group == 2]
     close(third, [1 / 3, 1 / 3, -2 / 3], 1e-15, "a half without grades: theta learns from the other")
     assert not any({"pg", "guided", "lead"} & r.streams.keys() for r in rows if r.verdict is E)
-    nobody = method_of(module, group=2)
+    nobody = method_of(group=2)
     rows = nobody.gather(data(), Graded(policy, [(1,), (1,)], [E, E]), 0)
     assert nobody.measured.keys() == {"guide/share", "guide/kl", "guide/gain_mean"} and nobody.mean == 0.0
     assert nobody.update(policy, batching.make_batch(rows), 0)["guide/gain_mean"] == 0.0
-    alone = one_update(method_of(module), Table(GUIDE, THETA), [(0,), (1,), (1,), (0,)])
+    alone = one_update(method_of(), Table(GUIDE, THETA), [(0,), (1,), (1,), (0,)])
     assert "guide/gain_se" not in alone.metrics, "one problem has no standard error"
 
 
@@ -464,10 +463,10 @@ REAL = (
 )
 
 
-def one_real_update(module: ModuleType) -> None:
+def test_one_real_update() -> None:
     """Both groups of a real policy move by (1) and (2) from one snapshot; live weights never contain w."""
     for lora, options, rollout in REAL:
-        method = method_of(module, 3, 4, rollout, **{"beta": 0.02, "lambda": 0.7, "kappa": 0.4, **options})
+        method = method_of(3, 4, rollout, **{"beta": 0.02, "lambda": 0.7, "kappa": 0.4, **options})
         policy = real_policy(method, lora)
         rows = method.gather(data((3, 5, 2)), Drawn(policy), 0)
         theta, w = transformer_steps(policy, method, rows)
@@ -487,12 +486,12 @@ def one_real_update(module: ModuleType) -> None:
             close(deployed[n], t.detach(), 1e-15, f"deployed {n}")
 
 
-def theta_sees_only_rollouts(module: ModuleType) -> None:
+def test_theta_sees_only_rollouts() -> None:
     """Other demonstrations and another w, the same rollouts: theta steps to the same bits."""
     ends = []
     rows: list[Row] = []
     for demos, w in (((3, 5), 0.15), ((2, 1), 0.15), ((2, 1), 0.0)):
-        method = method_of(module, 2, 4)
+        method = method_of(2, 4)
         policy = real_policy(method, False, w)
         fresh = method.gather(data(demos), Drawn(policy), 0)
         rows = rows or [r for r in fresh if r.kind == "rollout"]
@@ -501,265 +500,39 @@ def theta_sees_only_rollouts(module: ModuleType) -> None:
     assert all(torch.equal(ends[0][n], end[n]) for end in ends[1:] for n in ends[0])
 
 
-CHECKS: dict[str, Callable[[ModuleType], None]] = {
-    f.__name__: f
-    for f in (
-        gain_is_unbiased,
-        lead_is_unbiased,
-        equations,
-        pull_is_the_gradient_of_the_kl,
-        denominators,
-        halves_of_a_group,
-        annealing,
-        gain_over_problems,
-        one_real_update,
-        theta_sees_only_rollouts,
-    )
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_shipped_code(name: str) -> None:
-    CHECKS[name](guide_module)
-
-
-# -- mutants -----------------------------------------------------------------------------------------------------------
-
-BASE = "theta, rows = mean_rewards(own), list(own)"
-LEAD = "row.reward - theta[row.group], norm"
-OF_W = '{"nll": 1 - o.lam, "lead": o.lam, "tie": o.kappa}'
-OF_THETA = '{"pg": 1.0, "guided": 1.0}'
-FAILURES = 'losses.pg_truncate(logp_BT, batch.old_BT, weight["guided"].clamp(max=0), o.ratio_cap)'
-SHAPED = "-weight_BT * (logp_BT - math.log(shape)).sigmoid()"
-TIE = 'weight["tie"] * 0.5 * (logp_BT - batch.ref_BT) ** 2'
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    # (1)
-    "theta also learns from the guide's pass": (
-        (
-            ("        guide.theta.clear()", "        pass"),
-            ("theta.theta)}", "{n: g + guide.theta[n] for n, g in theta.theta.items()})}"),
-        ),
-        "equations",
-    ),
-    "theta also learns from demonstrations": (
-        ((OF_THETA, OF_THETA[:-1] + ', "nll": 1.0}'),),
-        "theta_sees_only_rollouts",
-    ),
-    "theta learns at the guide": (
-        ((f"batch, {OF_THETA})", f'batch, {OF_THETA}, at="guide")'),),
-        "theta_sees_only_rollouts",
-    ),
-    "guided samples teach theta nothing": (((OF_THETA, '{"pg": 1.0}'),), "equations"),
-    "own samples teach theta nothing": (((OF_THETA, '{"guided": 1.0}'),), "equations"),
-    "halves centred apart": (
-        (
-            (
-                "rows = credit.with_advantages(rows, rl.std, norm, length, rollout.mask_overlong)",
-                "rows = [r for h in (own, rows[len(own):]) for r in credit.with_advantages(h, rl.std, "
-                "norm, length, rollout.mask_overlong)]",
-            ),
-        ),
-        "equations",
-    ),
-    "each half by its own tokens": (
-        (
-            (
-                '{**row.streams, "pg": pair[0], "guided": pair[1]}',
-                '{**{n: s for n, s in row.streams.items() if n != "pg"}, '
-                '("guided" if row.at == "guide" else "pg"): stream}',
-            ),
-        ),
-        "denominators",
-    ),
-    "half of the denominator": (
-        (('"guided": pair[1]}', '**({"guided": stream} if pair[1] is stream else {})}'),),
-        "equations",
-    ),
-    "successes truncated like failures": (
-        (
-            (FAILURES, FAILURES.replace(".clamp(max=0)", "")),
-            ("losses.shaped(logp_BT, weight", "0 * losses.shaped(logp_BT, weight"),
-        ),
-        "equations",
-    ),
-    "failures shaped like successes": (
-        ((".clamp(min=0), o.shape) + failures", ", o.shape) + 0 * failures"),),
-        "equations",
-    ),
-    "failures left out": (
-        ((", o.shape) + failures", ", o.shape)"), ("            failures = ", "            _ = ")),
-        "equations",
-    ),
-    "successes left out": ((('out["guided"] = losses', 'out["guided"] = 0 * losses'),), "equations"),
-    "no cap": ((("clamp(max=0), o.ratio_cap", "clamp(max=0), 1e9"),), "equations"),
-    # (2)
-    "baseline of both halves": (((BASE, "theta, rows = mean_rewards([*own, *led]), list(own)"),), "lead_is_unbiased"),
-    "baseline of the guided half": (((BASE, "theta, rows = mean_rewards(led), list(own)"),), "lead_is_unbiased"),
-    "no baseline": (((LEAD, "row.reward + 0 * theta[row.group], norm"),), "equations"),
-    "guide led astray": (((LEAD, "theta[row.group] - row.reward, norm"),), "lead_is_unbiased"),
-    "lambda turned round": (((OF_W, '{"nll": o.lam, "lead": 1 - o.lam, "tie": o.kappa}'),), "equations"),
-    "no demonstrations for the guide": (((OF_W, '{"lead": o.lam, "tie": o.kappa}'),), "equations"),
-    "no pull": (((OF_W, '{"nll": 1 - o.lam, "lead": o.lam}'),), "equations"),
-    "pushed away": (((TIE, "-" + TIE),), "pull_is_the_gradient_of_the_kl"),
-    "pull twice": (((TIE, TIE.replace("0.5", "1.0")),), "pull_is_the_gradient_of_the_kl"),
-    "pull by the log ratio": (((TIE, 'weight["tie"] * (logp_BT - batch.ref_BT)'),), "pull_is_the_gradient_of_the_kl"),
-    "pull towards itself": (((TIE, TIE.replace("ref", "old")),), "pull_is_the_gradient_of_the_kl"),
-    "theta's log-probs are the guide's": (
-        (("policy.score(led)", 'policy.score(led, at="guide")'),),
-        "halves_of_a_group",
-    ),
-    "guide's gradient at theta": ((('of_w, at="guide")', "of_w)"),), "equations"),
-    "w is never removed": (((", removable=True", ""),), "one_real_update"),
-    "theta steps before the guide's gradient": (
-        (
-            (
-                "        guide = policy.grad(",
-                '        early = policy.grad(self.terms, batch, {"pg": 1.0, "guided": 1.0})\n'
-                '        policy.apply("theta", early.theta)\n        guide = policy.grad(',
-            ),
-            ('policy.apply("theta", theta.theta)', "0.0"),
-        ),
-        "one_real_update",
-    ),
-    "w at theta's rate": (((", lr=o.beta", ""),), "one_real_update"),
-    "w takes no step": ((('policy.apply("w", guide.w)', "0.0"),), "one_real_update"),
-    "overlong guided rows lead": (((" and (row.finished or not rollout.mask_overlong)", ""),), "one_real_update"),
-    "standard deviations forgotten": (
-        (("credit.with_advantages(rows, rl.std,", "credit.with_advantages(rows, False,"),),
-        "equations",
-    ),
-    # (3)
-    "gain reversed": ((("pairs[:, 1] - pairs[:, 0] ", "pairs[:, 0] - pairs[:, 1] "),), "gain_is_unbiased"),
-    "guided half drawn from theta": (((', at="guide")\n        shift', ")\n        shift"),), "gain_is_unbiased"),
-    "halves are groups of their own": ((("group=row.group - shift", "group=row.group"),), "halves_of_a_group"),
-    "as many guided as own": ((("group=rollout.group - guided", "group=rollout.group"),), "halves_of_a_group"),
-    "two guided at least": ((("rollout.group), 1)", "rollout.group), 2)"),), "halves_of_a_group"),
-    "two own at least": ((("1), rollout.group - 1)", "1), rollout.group - 2)"),), "halves_of_a_group"),
-    "failed grades count": (
-        (("        if row.verdict is not Verdict.ERROR:\n            graded", "        if True:\n            graded"),),
-        "gain_over_problems",
-    ),
-    "failed grades lead": ((("used = row.verdict is not Verdict.ERROR and ", "used = "),), "gain_over_problems"),
-    "deviation without ddof": (((".std(ddof=1)", ".std()"),), "gain_over_problems"),
-    "deviation is no error": (((" / math.sqrt(len(gains))", ""),), "gain_over_problems"),
-    "KL of the wrong tokens": (((")[row.drawn] ** 2", ") ** 2"),), "gain_over_problems"),
-    # (4)
-    "no warm-up": ((("step < self.options.warmup", "step < 0"),), "annealing"),
-    "warm-up a step longer": ((("step < self.options.warmup", "step <= self.options.warmup"),), "annealing"),
-    "decay turned round": (
-        (("decay * self.mean + (1 - decay) * gain", "(1 - decay) * self.mean + gain"),),
-        "annealing",
-    ),
-    "not against the peak": (((" / self.peak if", " if"),), "annealing"),
-    "the peak is forgotten": ((("max(self.peak, self.mean)", "self.mean"),), "annealing"),
-    "negative gains count": ((("max(self.mean, 0.0)", "abs(self.mean)"),), "annealing"),
-    "the share follows this step": (
-        (
-            (
-                "rollout, share = self.run.rollout, self.share(step)",
-                "rollout, share = self.run.rollout, self.share(step + 1)",
-            ),
-        ),
-        "annealing",
-    ),
-    "the mean is not kept": ((('self.mean, self.peak = state["mean"], state["peak"]', "pass"),), "annealing"),
-}
-
-OF_LOSSES: dict[str, Swaps] = {
-    "p is a constant": ((SHAPED, "-weight_BT * (logp_BT - math.log(shape)).sigmoid().detach() * logp_BT"),),
-    "p over p plus one": ((SHAPED, "-weight_BT * logp_BT.sigmoid()"),),
-    "shape p instead of p": ((SHAPED, "-weight_BT * (logp_BT + math.log(shape)).sigmoid()"),),
-    "shaped weight reversed": ((SHAPED, SHAPED[1:]),),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str) -> None:
-    swaps, check = MUTANTS[name]
-    wrong = mutate(guide_module, swaps, "mutant")
-    with pytest.raises(AssertionError):
-        CHECKS[check](wrong)
-
-
-@pytest.mark.parametrize("name", OF_LOSSES)
-def test_mutant_of_the_shaped_loss_is_seen(name: str) -> None:
-    wrong = mutate(guide_module, (), "mutant")
-    wrong.losses = mutate(losses, OF_LOSSES[name], "mutant")  # type: ignore[attr-defined]
-    with pytest.raises(AssertionError):
-        equations(wrong)
-
-
-# -- numbers that the note leans on ------------------------------------------------------------------------------------
-
-
-def test_the_mean_of_both_halves_would_shrink_the_guides_gradient() -> None:
-    """A baseline that holds the sample itself takes a quarter of it away: 1 - 1/4 with four samples a group."""
-    wrong = mutate(guide_module, MUTANTS["baseline of both halves"][0])
-    found = expect(lambda end: end.applied["w"], wrong, **{"lambda": 1.0, "kappa": 0.0})
-    close(found, 0.75 * slope(GUIDE), 1e-15)
-    close([slope(GUIDE), float(found[0])], [0.177894, 0.133421], 5e-7, "right and biased")
-
-
-def test_the_shaped_weight_and_what_the_exact_ratio_would_give() -> None:
-    """Against central differences; the peak is at p = shape, a quarter of an on-policy token's weight."""
-
-    def weight(p: float, shape: float) -> float:
-        logp = torch.tensor(math.log(p), dtype=torch.float64, requires_grad=True)
-        loss = losses.shaped(logp, torch.tensor(1.0, dtype=torch.float64), shape)
-        return -float(torch.autograd.grad(loss, logp)[0])
-
-    for shape, p in itertools.product((0.05, 0.1, 0.7), (1e-6, 1e-3, 0.02, 0.1, 0.4, 0.999)):
-        close(weight(p, shape), shape * p / (p + shape) ** 2, 1e-15, f"p {p}")
-        up, down = (p * math.exp(d) / (p * math.exp(d) + shape) for d in (1e-5, -1e-5))
-        close(weight(p, shape), (up - down) / 2e-5, 1e-9, f"p {p}, by differences")
-    grid = np.exp(np.linspace(math.log(1e-4), 0, 2001))
-    for shape in (0.05, 0.1, 0.7):
-        weights = [weight(float(p), shape) for p in grid]
-        assert grid[int(np.argmax(weights))] == pytest.approx(shape, rel=5e-3) and max(weights) == pytest.approx(
-            0.25, abs=1e-6
-        )
-    # A guide that says the token nine times in ten, and theta at p: the exact ratio p / .9 against the shaped weight.
-    table = {p: (p / 0.9, weight(p, 0.1)) for p in (0.1, 0.01, 0.001)}
-    printed = {0.1: (0.1111, 0.25), 0.01: (0.0111, 0.0826), 0.001: (0.0011, 0.0098)}
-    for p, wanted in printed.items():
-        assert table[p] == pytest.approx(wanted, abs=5e-5)
-    assert weight(1e-9, 0.1) / (1e-9 / 0.9) == pytest.approx(9.0)  # and never more than p_guide / shape times the ratio
-
-
-def test_what_the_pull_leaves_out() -> None:
-    """The KL of whole answers also moves with the prefixes that the guide chooses: only the first token differs."""
-
-    def kl(logits: np.ndarray) -> float:
-        return sum(prob(logits, a) * math.log(prob(logits, a) / prob(SHADOW_2, a)) for a in ANSWERS)
-
-    reach = np.array([1.0, 1 - sigmoid(JOINT_2[0]), sigmoid(JOINT_2[0])])
-    taken = reach * (JOINT_2 - SHADOW_2) * np.array([slope(z) for z in JOINT_2])
-    whole = np.array([(kl(JOINT_2 + d) - kl(JOINT_2 - d)) / 2e-5 for d in 1e-5 * np.eye(3)])
-    after = [
-        sum(
-            p * math.log(p / q)
-            for b in (0, 1)
-            for p, q in [(token_probs(JOINT_2, (a, b))[1], token_probs(SHADOW_2, (a, b))[1])]
-        )
-        for a in (0, 1)
-    ]
-    close(whole - taken, [slope(JOINT_2[0]) * (after[1] - after[0]), 0.0, 0.0], 1e-9)
-    assert abs(whole[0] - taken[0]) > 1e-3
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_a_reference_and_refills_are_refused() -> None:
     with pytest.raises(UserError, match=r"kl_coef must be 0.*kappa"):
-        method_of(guide_module, rl={"kl_coef": 0.1})
+        method_of(rl={"kl_coef": 0.1})
     with pytest.raises(UserError, match=r"rollout\.refill"):
-        method_of(guide_module, rollout={"refill": 1})
-    assert guide_module.Guide.needs == {"demos"}
+        method_of(rollout={"refill": 1})
+    assert Guide.needs == {"demos"}
 
 
 def test_the_snapshot_is_taken_before_either_step() -> None:
     policy = Table(GUIDE, THETA)
-    one_update(method_of(guide_module, beta=0.3), policy, [(0,), (1,), (1,), (0,)])
+    one_update(method_of(beta=0.3), policy, [(0,), (1,), (1,), (0,)])
     assert policy.asked == [("grad", "guide"), ("grad", "live"), ("apply", "theta"), ("apply", "w")]
     assert policy.removable and policy.rates == {"theta": None, "w": 0.3}
+
+
+MUTANTS = mutants(
+    module,
+    Mutant("snapshot", "Guide.update", by=test_equations),  # the guide's gradient at theta
+    Mutant("sign", "Guide.update", by=test_equations),  # 1 + lambda
+    Mutant("term", "Guide.terms", "shaped 0", by=test_equations),  # failures left out
+    Mutant("clip", "Guide.terms", "min 0", by=test_equations),  # they are shaped like successes, too
+    Mutant("swap", "Guide.credited", "reward 1", by=test_lead_is_unbiased),
+    Mutant("mask", "Guide.credited", "finished 1", by=test_one_real_update),  # overlong rows lead
+    Mutant("swap", "one_denominator", 0, by=test_equations),
+    Mutant("branch", "mean_rewards", 0, by=test_gain_over_problems),  # failed grades count
+    Mutant("compare", "Guide.share", "warmup 0", by=test_annealing),  # a step longer
+    Mutant("clip", "pg_truncate", 0, by=test_equations, of=losses),  # no cap
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
