@@ -1,25 +1,24 @@
 """`hpt` and `relift`: which problems turn from RL to their demonstrations, with which weight, by loops over tokens on a
-table of logits; and mutants of each line."""
+table of logits, with mutants of it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bigram import END, V, World, ids_of, method_of, probability, problem, slope
-from mutants import Swaps, mutate
+from mutation import Mutant, mutants
 
 from bridgelm.errors import UserError
-from bridgelm.methods import hpt as hpt_module
-from bridgelm.methods import relift as relift_module
+from bridgelm.methods import hpt, relift
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.sft import Sft
 from bridgelm.model.batching import make_batch
+from bridgelm.objective import losses
 from bridgelm.types import Row, Verdict
 
 # Answers of four rollouts of each problem; a 5 in it is right, a 4 is half a reward, a 3 cannot be graded.
@@ -118,10 +117,11 @@ HARD: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
 }
 
 
-def hard_gate(module: ModuleType, name: str) -> None:
+@pytest.mark.parametrize("name", HARD)
+def test_hard_gate(name: str) -> None:
     options, closed = HARD[name]
     for problems, demos in ((ONE, "one"), (PROBLEMS, "all")):
-        made = world(module.Hpt, {"name": "hpt", "demos": demos, **options}, problems)
+        made = world(hpt.Hpt, {"name": "hpt", "demos": demos, **options}, problems)
         found = made.step()
         gated = {p.id: bool(p.demos) and p.id in RATES and closed(p.id) for p in problems}
         wanted = own_part(made, {p.id: float(not gated[p.id]) for p in problems})
@@ -136,17 +136,17 @@ def hard_gate(module: ModuleType, name: str) -> None:
         assert sum(row.kind == "rollout" for row in found.rows) == 4 * len(problems)
 
 
-def soft_gate(module: ModuleType) -> None:
+def test_soft_gate() -> None:
     """Numbers of the official table, for eight rollouts; and what lies between its rows."""
     table = {0: (0, 0, 1), 1: (0, 0, 1), 2: (0.125, 0.5, 0.5), 3: (0.25, 1, 0.25), 4: (0.5, 0.5, 0.125),
              5: (1, 0.25, 0), 6: (1, 0.125, 0), 7: (1, 0, 0), 8: (1, 0, 0)}
-    hpt = method_of(module.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5})
+    made = method_of(hpt.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5})
     for k, (own, offline, sft) in table.items():
-        found = hpt.weights(np.array([1.0] * k + [0.0] * (8 - k)))
+        found = made.weights(np.array([1.0] * k + [0.0] * (8 - k)))
         assert found == (own, offline, 0.5 * sft), k
-    assert hpt.weights(np.array([1.0, 0.0] + [0.0] * 14)) == (0.0, 0.0, 0.5)
-    assert hpt.weights(np.array([0.3125] * 2)) == (0.1875, 0.75, 0.1875)  # 2.5 of 8
-    made = world(module.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5, "shape": 0.3})
+    assert made.weights(np.array([1.0, 0.0] + [0.0] * 14)) == (0.0, 0.0, 0.5)
+    assert made.weights(np.array([0.3125] * 2)) == (0.1875, 0.75, 0.1875)  # 2.5 of 8
+    made = world(hpt.Hpt, {"name": "hpt", "gate": "soft", "sft": 0.5, "shape": 0.3})
     found = made.step()
     weights = {p.id: table[round(8 * RATES[p.id])] if p.demos and p.id in RATES else (1.0, 0.0, 0.0) for p in ONE}
     wanted = own_part(made, {name: w[0] for name, w in weights.items()})
@@ -165,16 +165,16 @@ def soft_gate(module: ModuleType) -> None:
     same(found.applied[0][1], wanted + total / tokens * problems / every)
 
 
-def collapses(module: ModuleType) -> None:
+def test_collapses() -> None:
     """A gate that never opens is grpo; one that always does is sft on the demonstrations of the step's problems."""
-    never, grpo = world(module.Hpt, {"name": "hpt", "gamma": -1.0}, lr=0.3), world(Grpo, {"name": "grpo"}, lr=0.3)
+    never, grpo = world(hpt.Hpt, {"name": "hpt", "gamma": -1.0}, lr=0.3), world(Grpo, {"name": "grpo"}, lr=0.3)
     for step in range(3):
         one, two = never.step(step), grpo.step(step)
         same(one.applied[0][1], two.applied[0][1], 1e-15)
         assert one.metrics["loss/pg"] == two.metrics["loss/pg"] and one.metrics["hpt/gated"] == 0
     assert np.abs(two.applied[0][1]).max() > 1e-3
     problems = [p for p in PROBLEMS if p.id in RATES]
-    always = world(module.Hpt, {"name": "hpt", "gamma": 1.0, "demos": "all"}, problems)
+    always = world(hpt.Hpt, {"name": "hpt", "gamma": 1.0, "demos": "all"}, problems)
     sft = world(Sft, {"name": "sft"}, problems)
     rows = [sft.roll.demo(p, demo).with_stream("nll", 1.0) for p in problems for demo in p.demos]
     metrics = sft.method.update(sft.policy, make_batch(rows), 0)
@@ -183,36 +183,36 @@ def collapses(module: ModuleType) -> None:
     assert found.metrics["loss/nll"] == pytest.approx(metrics["loss/nll"]) and found.metrics["loss/pg"] == 0
 
 
-def flat(module: ModuleType) -> None:
+def test_flat() -> None:
     """All groups fail: SFT. All pass: nothing, but with the advantage gate SFT as well."""
     for name, gate, imitates in (("fails", "rate", True), ("passes", "rate", False), ("passes", "advantage", True)):
-        made = world(module.Hpt, {"name": "hpt", "gate": gate}, [p for p in ONE if p.id == name])
+        made = world(hpt.Hpt, {"name": "hpt", "gate": gate}, [p for p in ONE if p.id == name])
         found = made.step()
         same(found.applied[0][1], demo_part(made, {name: 1.0}) if imitates else np.zeros((V, V)))
         assert found.metrics["loss/pg"] == 0
         assert bool(np.abs(found.applied[0][1]).max() > 0) is imitates
 
 
-def one_demo_is_drawn(module: ModuleType) -> None:
+def test_one_demo_is_drawn() -> None:
     """By the seed, the step and the problem's place, so that both come up and a resumed run draws the same."""
     def texts(start: int) -> list[str]:
-        made = world(module.Hpt, {"name": "hpt"}, [p for p in PROBLEMS if p.id == "fails"])
+        made = world(hpt.Hpt, {"name": "hpt"}, [p for p in PROBLEMS if p.id == "fails"])
         return [row.text for step in range(start, 12) for row in made.step(step).rows if row.kind == "demo"]
     assert texts(0)[4:] == texts(4) and set(texts(0)) == {"2 5", "5"} and len(texts(0)) == 12
 
 
 # -- relift ------------------------------------------------------------------------------------------------------------
 
-def relift_world(module: ModuleType, problems: Any = ONE, prompts: int = 2, **options: Any) -> World:
-    method = method_of(module.Relift, {"name": "relift", "size": 3, "sft_lr": 0.7, **options}, prompts=prompts)
+def relift_world(problems: Any = ONE, prompts: int = 2, **options: Any) -> World:
+    method = method_of(relift.Relift, {"name": "relift", "size": 3, "sft_lr": 0.7, **options}, prompts=prompts)
     made = World(method, problems, lambda name, _, i: SCRIPT[name][i % 4], reward)
     made.policy.lr = 0.2
     return made
 
 
-def buffer_fills(module: ModuleType) -> None:
+def test_buffer_fills() -> None:
     """Two problems a step: who enters, who leaves first, and the SFT step: after RL's, with an optimiser of its own."""
-    made = relift_world(module)
+    made = relift_world()
     assert made.policy.rates == {"theta": None, "theta_sft": 0.7}
     first = made.step(0)  # fails, mixed
     assert made.method.state() == {"buffer": ["fails"]} and [name for name, _ in first.applied] == ["theta"]
@@ -229,7 +229,7 @@ def buffer_fills(module: ModuleType) -> None:
     made.policy.theta = before  # both groups are flat: RL does not move it
     same(fourth.applied[1][1], demo_part(made, {"partly": 1.0, "half": 1.0, "fails": 1.0}, share=False))
     # SFT is at the theta that RL's step leads to, in the one step as in the other.
-    made = relift_world(module, [p for p in ONE if p.id in ("fails", "mixed")], size=1)
+    made = relift_world([p for p in ONE if p.id in ("fails", "mixed")], size=1)
     before = made.policy.theta.clone()
     found = made.step(0)
     made.policy.theta = before
@@ -238,38 +238,38 @@ def buffer_fills(module: ModuleType) -> None:
     same(found.applied[1][1], demo_part(made, {"fails": 1.0}, share=False))
     assert all(np.abs(gradient).max() > 1e-2 for _, gradient in found.applied)
     # Newest first, and what is too much stays.
-    again = relift_world(module, [p for p in ONE if p.id in ("fails", "partly")], size=3)
+    again = relift_world([p for p in ONE if p.id in ("fails", "partly")], size=3)
     again.step(0)
     assert again.method.buffer == ["fails", "partly"]
     again.step(1)
     assert again.method.buffer == ["partly"]
 
 
-def the_rate_counts(module: ModuleType) -> None:
-    made = relift_world(module, prompts=8, size=99, pass_rate=0.25)
+def test_the_rate_counts() -> None:
+    made = relift_world(prompts=8, size=99, pass_rate=0.25)
     made.step(0)
     assert made.method.buffer == ["fails", "rare", "half", "partly"]
 
 
-def rl_alone(module: ModuleType) -> None:
+def test_rl_alone() -> None:
     """With a buffer that never fills, and on flat groups, the step is grpo's: nothing where all pass."""
-    made, grpo = relift_world(module, prompts=8, size=99), world(Grpo, {"name": "grpo"}, temperature=1.0)
+    made, grpo = relift_world(prompts=8, size=99), world(Grpo, {"name": "grpo"}, temperature=1.0)
     one, two = made.step(), grpo.step()
     same(one.applied[0][1], two.applied[0][1], 1e-15)
     for name, stays in (("passes", True), ("fails", False)):
-        made = relift_world(module, [p for p in ONE if p.id == name], prompts=1, size=1)
+        made = relift_world([p for p in ONE if p.id == name], prompts=1, size=1)
         found = made.step()
         same(found.applied[0][1], np.zeros((V, V)), 0)
         assert len(found.applied) == (1 if stays else 2)
 
 
-def resumed(module: ModuleType) -> None:
+def test_resumed() -> None:
     """A run that is stopped with problems in its buffer goes on as if it had not been."""
-    whole, first = relift_world(module, PROBLEMS), relift_world(module, PROBLEMS)
+    whole, first = relift_world(PROBLEMS), relift_world(PROBLEMS)
     seen = [whole.step(step) for step in range(8)]
     for step in range(3):
         first.step(step)
-    second = relift_world(module, PROBLEMS)
+    second = relift_world(PROBLEMS)
     second.method.load(first.method.state())
     second.policy.theta, second.taken = first.policy.theta, first.taken
     for step in range(3, 8):
@@ -280,103 +280,13 @@ def resumed(module: ModuleType) -> None:
     assert sum(len(s.applied) for s in seen) > 8
 
 
-HPT: dict[str, Callable[[ModuleType], None]] = {
-    **{f"hard gate, {name}": lambda m, name=name: hard_gate(m, name) for name in HARD},
-    "soft_gate": soft_gate, "collapses": collapses, "flat": flat, "one_demo_is_drawn": one_demo_is_drawn,
-}
-RELIFT: dict[str, Callable[[ModuleType], None]] = {
-    "buffer_fills": buffer_fills, "the_rate_counts": the_rate_counts, "rl_alone": rl_alone, "resumed": resumed,
-}
-
-
-@pytest.mark.parametrize("name", HPT)
-def test_hpt(name: str) -> None:
-    HPT[name](hpt_module)
-
-
-@pytest.mark.parametrize("name", RELIFT)
-def test_relift(name: str) -> None:
-    RELIFT[name](relift_module)
-
-
-RETURN = "return (1.0, 0.0, 0.0) if solvable else (0.0, 0.0, o.sft)"
-HPT_MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "gate at gamma open": ((("rewards.mean() > o.gamma", "rewards.mean() >= o.gamma"),), "hard gate, a quarter"),
-    "gate turned round": ((("rewards.mean() > o.gamma", "rewards.mean() < o.gamma"),), "hard gate, rate"),
-    "gate by the best": ((("rewards.mean() > o.gamma", "rewards.max() > o.gamma"),), "hard gate, a quarter"),
-    "RL and SFT on failures": (((RETURN, RETURN.replace("(0.0, 0.0, o.sft)", "(1.0, 0.0, o.sft)")),),
-                               "hard gate, a half, at a third"),
-    "SFT on all": (((RETURN, "return (float(solvable), 0.0, o.sft)"),), "hard gate, rate"),
-    "no coefficient": (((RETURN, RETURN.replace("o.sft", "1.0")),), "hard gate, a half, at a third"),
-    "advantage gate by success": ((("np.ptp(rewards) > 0", "rewards.max() > 0"),), "hard gate, advantage"),
-    "always terms": ((('if self.options.balance == "prompts"', "if False"),), "hard gate, rate"),
-    "always prompts": ((('if self.options.balance == "prompts"', "if True"),), "hard gate, terms"),
-    "dropped rows leave the count": (
-        (("replace(stream, weight=factor * stream.weight)",
-          "replace(stream, weight=factor * stream.weight, mask=stream.mask & (factor > 0))"),),
-        "hard gate, rate"),
-    "share of all rows": ((("{row.group for row in batch.rows if name in row.streams}",
-                            "[row.group for row in batch.rows if name in row.streams]"),), "hard gate, rate"),
-    "ungraded problems count": ((("{row.group for row in batch.rows if row.streams}",
-                                  "{row.group for row in batch.rows}"),), "hard gate, rate"),
-    "one demo for all": ((('if self.options.demos == "all" else', "if False else"),), "hard gate, rate"),
-    "first demo always": ((("one = hints.pick(problem, self.run.seed, step, number)", "one = problem.demos[0]"),),
-                          "one_demo_is_drawn"),
-    "draws of the first step": ((("self.run.seed, step, number", "self.run.seed, 0, number"),), "one_demo_is_drawn"),
-    "expert not in its mean": ((("np.mean([*rewards, row.reward])", "np.mean(rewards)"),), "soft_gate"),
-    "expert not shaped": ((("losses.shaped(live.logp_BT, batch.weight[\"offline\"], self.options.shape)",
-                            "losses.nll(live.logp_BT, batch.weight[\"offline\"])"),), "soft_gate"),
-    "soft own unscaled": (((", own)", ", 1.0)"),), "soft_gate"),
-    "table read from the wrong end": ((("place = min", "place = (len(rows) - 1) - min"),), "soft_gate"),
-    "table by whole rows": ((("float(np.interp(place,", "float(np.interp(int(place),"),), "soft_gate"),
-}
-RELIFT_MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "oldest first": ((("failed + self.buffer", "self.buffer + failed"),), "buffer_fills"),
-    "oldest leave": ((("self.buffer[:self.size], self.buffer[self.size:]",
-                       "self.buffer[-self.size:], self.buffer[:-self.size]"),), "buffer_fills"),
-    "one late": ((("len(self.buffer) < self.size", "len(self.buffer) <= self.size"),), "buffer_fills"),
-    "all leave": ((("self.buffer[:self.size], self.buffer[self.size:]", "self.buffer[:self.size], []"),),
-                  "buffer_fills"),
-    "nobody leaves": ((("self.buffer[:self.size], self.buffer[self.size:]", "self.buffer[:self.size], self.buffer"),),
-                      "buffer_fills"),
-    "failure by reward": ((("row.verdict is Verdict.CORRECT for", "row.reward > 0 for"),), "buffer_fills"),
-    "solved ones enter": ((("passed <= self.options.pass_rate", "passed >= self.options.pass_rate"),), "buffer_fills"),
-    "rate ignored": ((("passed <= self.options.pass_rate", "passed <= 0"),), "the_rate_counts"),
-    "without demonstrations too": ((("bool(group[0].problem.demos) and ", ""),), "the_rate_counts"),
-    "one Adam": ((('policy.apply("theta_sft", sft.theta)', 'policy.apply("theta", sft.theta)'),), "buffer_fills"),
-    "SFT at the old theta": (
-        (('        found = {"grad_norm/theta"',
-          '        sft = policy.grad(self.terms, batch, {"nll": 1.0}) if "nll" in batch.counts else rl\n'
-          '        found = {"grad_norm/theta"'),
-         ('            sft = policy.grad(self.terms, batch, {"nll": 1.0})\n', "")), "buffer_fills"),
-    "SFT in RL's step": ((("batch, rl_coef(self.options.rl))", 'batch, rl_coef(self.options.rl) | {"nll": 1.0})'),),
-                         "rl_alone"),
-    "buffer not kept": ((('self.buffer = list(state["buffer"])', "pass"),), "resumed"),
-    "SFT at the main rate": ((("lr=self.options.sft_lr", "lr=None"),), "buffer_fills"),
-}
-
-
-@pytest.mark.parametrize("name", HPT_MUTANTS)
-def test_mutant_of_hpt_is_seen(name: str) -> None:
-    swaps, check = HPT_MUTANTS[name]
-    with pytest.raises(AssertionError):
-        HPT[check](mutate(hpt_module, swaps, "mutant"))
-
-
-@pytest.mark.parametrize("name", RELIFT_MUTANTS)
-def test_mutant_of_relift_is_seen(name: str) -> None:
-    swaps, check = RELIFT_MUTANTS[name]
-    with pytest.raises((AssertionError, ValueError)):
-        RELIFT[check](mutate(relift_module, swaps, "mutant"))
-
-
 def test_what_each_gate_does_not_have_is_refused() -> None:
     for options, words in (({"gate": "advantage", "gamma": 0.5}, "gamma is the threshold"),
                            ({"table": [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]}, "of gate = 'soft'"),
                            ({"gate": "soft", "demos": "all"}, "demos = 'one'")):
         with pytest.raises(UserError, match=words):
-            method_of(hpt_module.Hpt, {"name": "hpt", **options})
-    assert hpt_module.Hpt.needs == relift_module.Relift.needs == {"paired_demos"}
+            method_of(hpt.Hpt, {"name": "hpt", **options})
+    assert hpt.Hpt.needs == relift.Relift.needs == {"paired_demos"}
 
 
 def test_the_world_is_what_it_is_taken_for() -> None:
@@ -390,3 +300,33 @@ def test_the_world_is_what_it_is_taken_for() -> None:
             return float(made.policy.look(row, table)[0][t])
         same((at(1e-6) - at(-1e-6)) / 2e-6, slope(made.policy.theta, row, t)[i, j], 1e-9)
     assert {reward("", a) for a in SCRIPT["broken"]} == {None} and Verdict.ERROR in Verdict
+
+
+MUTANTS = [
+    *mutants(
+        hpt,
+        Mutant("compare", "Hpt.weights", "gamma 0", by=lambda: test_hard_gate("a quarter")),  # open at gamma
+        Mutant("compare", "Hpt.weights", "ptp 0", by=lambda: test_hard_gate("advantage")),
+        Mutant("constant", "Hpt.weights", "sft 1", to=1.0, by=lambda: test_hard_gate("a half, at a third")),
+        Mutant("branch", "Hpt.update", "balance 1", by=lambda: test_hard_gate("rate")),  # always terms
+        Mutant("denominator", "Hpt.share", by=lambda: test_hard_gate("rate")),
+        Mutant("term", "Hpt.gather", 3, by=test_soft_gate),
+        Mutant("sign", "shaped", 1, by=test_soft_gate, of=losses),
+    ),
+    *mutants(
+        relift,
+        Mutant("term", "Relift.gather", 0, by=test_buffer_fills),  # who waited is forgotten
+        Mutant("compare", "Relift.gather", "size 0", by=test_buffer_fills),  # one late
+        Mutant("instead", "Relift.fails", "verdict 1", to="finished", by=test_buffer_fills),
+        Mutant("compare", "Relift.fails", "pass_rate 1", by=test_buffer_fills),
+        Mutant("mask", "Relift.fails", "demos 0", by=test_the_rate_counts),  # without demonstrations, too
+        Mutant("constant", "Relift.update", "theta_sft", to="theta", by=test_buffer_fills),  # one Adam
+        Mutant("drop", "Relift.load", by=test_resumed),
+        Mutant("drop", "Relift.setup", "lr 0", by=test_buffer_fills),
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
