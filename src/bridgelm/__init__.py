@@ -48,7 +48,7 @@ def evaluate(run_or_model: str | Path, *, config: RunConfig | Mapping[str, Any] 
 
 def benchmark(models: str | Path | Sequence[str | Path], suites: Sequence[str], out: str | Path | None = None, *,
               suite_folder: str | Path | None = None, own_suites: str | Path | None = None,
-              label_fixes: str | Path | None = None, force: bool = False, **wanted: Any) -> dict[str, Any]:
+              label_fixes: str | Path | None = None, force: bool = False, **options: Any) -> dict[str, Any]:
     """Runs or models on benchmarks, as `bridgelm eval --suite` does, with its options as arguments (samples=8,
     prompt="simplerl", limit=50, ...). Returns what OUT/results.json holds; an interrupted one goes on there."""
     import json
@@ -56,7 +56,7 @@ def benchmark(models: str | Path | Sequence[str | Path], suites: Sequence[str], 
     inner, error = import_module("bridgelm.benchmarks.run"), import_module("bridgelm.errors").UserError
     names = [models] if isinstance(models, str | Path) else models
     try:
-        asked = inner.Wanted(**wanted)
+        asked = inner.BenchmarkOptions(**options)
     except TypeError as problem:
         raise error(f"benchmark: {problem}") from None
     paths = {"folder": suite_folder, "extra": own_suites, "fixes": label_fixes}
@@ -99,7 +99,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: s
 
 
 def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *, force: bool = False,
-          **wanted: Any) -> dict[str, int]:
+          **options: Any) -> dict[str, int]:
     """Sample demonstrations as `bridgelm demos` does, with its options as arguments (samples=8, paired=True, ...), and
     return the counts."""
     from dataclasses import fields
@@ -107,10 +107,10 @@ def demos(config: RunConfig | Mapping[str, Any] | str | Path, out: str | Path, *
     from bridgelm.runs.preflight import to_sample
 
     inner = import_module("bridgelm.rollout.demonstrations")
-    known = {field.name for field in fields(inner.Wanted)}
-    for name in wanted.keys() - known:
+    known = {field.name for field in fields(inner.DemoOptions)}
+    for name in options.keys() - known:
         raise import_module("bridgelm.errors").UserError(f"demos: unknown option {name!r}; known: {sorted(known)}")
-    return inner.write_demos(to_sample(_as_config(config)), out, inner.Wanted(**wanted), force=force)
+    return inner.write_demos(to_sample(_as_config(config)), out, inner.DemoOptions(**options), force=force)
 
 
 def diagnose(runs: Sequence[str | Path], out: str | Path | None = None, *, measure: bool = False) -> Path:

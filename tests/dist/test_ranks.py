@@ -97,7 +97,7 @@ def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-9) -> None:
         for key in a:
             assert close(a[key], b[key], tolerance), (key, a[key], b[key])
     states = [checkpoint.read_state(checkpoint.newest(run)) for run in (found, wanted)]  # type: ignore[arg-type]
-    one, two = (checkpoint.Saved(checkpoint.newest(run), state.pop("parts", {}))  # type: ignore[arg-type]
+    one, two = (checkpoint.SavedTensors(checkpoint.newest(run), state.pop("parts", {}))  # type: ignore[arg-type]
                 for run, state in zip((found, wanted), states, strict=True))
     assert one.keys() == two.keys()
     for name in one:

@@ -171,7 +171,7 @@ def test_parts_are_one_process(count: int, wide: dict[str, Any], raw: Make, tmp_
 def difference(run: Path, other: Path) -> dict[str, float]:
     """Rounding of float32 sums, and what four steps of eight bits make of it."""
     folders = [checkpoint.newest(one) for one in (run, other)]
-    one, two = (checkpoint.Saved(f, checkpoint.read_state(f).get("parts", {})) for f in folders if f is not None)
+    one, two = (checkpoint.SavedTensors(f, checkpoint.read_state(f).get("parts", {})) for f in folders if f is not None)
     codes = [float((one[n] != two[n]).double().mean()) for n in one if "|state" in n and one[n].dtype == torch.uint8]
     theta = [float((one[n] - two[n]).abs().max()) for n in one if n.startswith("group/theta/")]
     return {"share of other codes": sum(codes) / len(codes), "largest difference of a weight": max(theta)}

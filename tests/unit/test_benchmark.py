@@ -16,7 +16,7 @@ from bridgelm.analysis import stats
 from bridgelm.benchmarks import contamination, scores, suites, tables
 from bridgelm.benchmarks import run as benchmarks
 from bridgelm.benchmarks.prompts import PromptFormat, formats, prompt_format
-from bridgelm.benchmarks.run import Wanted
+from bridgelm.benchmarks.run import BenchmarkOptions
 from bridgelm.benchmarks.suites import Items, Suite
 from bridgelm.cli.main import main
 from bridgelm.data.chat import Chat
@@ -174,7 +174,7 @@ def sums_folder(tmp_path: Path) -> Path:
 def evaluate(sums_folder: Path, tiny_folder: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     def call(out: str, force: bool = False, **wanted: Any) -> dict[str, Any]:
         return benchmarks.evaluate(str(tiny_folder()), {"sums": suite(samples=3)}, sums_folder / out,
-                                  Wanted(**{"rows": 4, **wanted}), sums_folder, force=force)["sums"]
+                                  BenchmarkOptions(**{"rows": 4, **wanted}), sums_folder, force=force)["sums"]
     return call
 
 

@@ -23,7 +23,7 @@ from bridgelm.data.sources import Source
 from bridgelm.engine import NativeEngine
 from bridgelm.errors import UserError
 from bridgelm.rollout import demonstrations
-from bridgelm.rollout.demonstrations import Wanted, write_demos
+from bridgelm.rollout.demonstrations import DemoOptions, write_demos
 from bridgelm.types import Completion, Problem
 
 Raw = Callable[..., dict[str, Any]]
@@ -65,7 +65,7 @@ def balanced(counts: dict[str, int]) -> None:
 def test_what_is_written_reads_back_as_what_was_drawn(tmp_path: Path, drawn: list[Completion]) -> None:
     """Ids and log-probs to the bit, through the file and `data.demos`."""
     config, out = toy(tmp_path), tmp_path / "demos.jsonl"
-    counts = write_demos(config, out, Wanted(samples=4))
+    counts = write_demos(config, out, DemoOptions(samples=4))
     balanced(counts)
     assert counts["kept"] > 8
     assert counts["duplicates"] > 0
@@ -93,7 +93,7 @@ def test_a_teacher_asked_again_says_the_same(tmp_path: Path) -> None:
     from bridgelm.types import Row
 
     config, out = toy(tmp_path), tmp_path / "demos.jsonl"
-    write_demos(config, out, Wanted(samples=2))
+    write_demos(config, out, DemoOptions(samples=2))
     config = toy(tmp_path, data={"demos": str(out)})
     chat = load_chat(config.model)
     teacher = Teacher.of(config, chat)
@@ -111,7 +111,7 @@ def test_only_right_ones_are_kept_as_the_verifier_says(tmp_path: Path) -> None:
     from bridgelm.data.toy.data import grade
 
     config, out = toy(tmp_path), tmp_path / "demos.jsonl"
-    counts = write_demos(config, out, Wanted(samples=6, keep=1, keep_wrong=True))
+    counts = write_demos(config, out, DemoOptions(samples=6, keep=1, keep_wrong=True))
     balanced(counts)
     problems = {p.id: p for p in load_splits(config).train}
     assert counts["more"] > 0
@@ -128,7 +128,7 @@ def test_only_right_ones_are_kept_as_the_verifier_says(tmp_path: Path) -> None:
         assert load_splits(toy(tmp_path, data={"demos": str(path)})).demos
     out.unlink()
     with pytest.raises(UserError, match=r"demos\.wrong\.jsonl: exists"):
-        write_demos(config, out, Wanted(samples=6, keep_wrong=True))
+        write_demos(config, out, DemoOptions(samples=6, keep_wrong=True))
 
 
 # -- a user's own data and model ---------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def own(raw: Raw, **sections: Any) -> RunConfig:
 def test_a_sample_that_reads_back_otherwise_is_scored_as_it_will_be_read(raw: Raw, tmp_path: Path) -> None:
     """The tiny model draws control tokens, which its text leaves out."""
     config, out = own(raw), tmp_path / "demos.jsonl"
-    counts = write_demos(config, out, Wanted(samples=8, temperature=0.7))
+    counts = write_demos(config, out, DemoOptions(samples=8, temperature=0.7))
     balanced(counts)
     assert counts["again"] > 0
     assert counts["kept"] > counts["again"], "and some read back as they are"
@@ -166,7 +166,7 @@ def test_a_sample_that_reads_back_otherwise_is_scored_as_it_will_be_read(raw: Ra
 def test_paired_rows_are_a_file_for_data_train(raw: Raw, tmp_path: Path) -> None:
     config, out = own(raw), tmp_path / "paired.jsonl"
     before = load_splits(config).train
-    counts = write_demos(config, out, Wanted(samples=4, paired=True))
+    counts = write_demos(config, out, DemoOptions(samples=4, paired=True))
     after = load_splits(own(raw, data={"train": str(out)})).train
     assert [(p.id, p.messages, p.answer, p.difficulty) for p in after] == [
         (p.id, p.messages, p.answer, p.difficulty) for p in before]
@@ -192,8 +192,9 @@ def test_conversations_mapped_names_and_columns_come_back(tmp_path: Path) -> Non
 def test_the_model_itself_where_there_is_no_teacher_or_it_is_asked_for(raw: Raw, tmp_path: Path,
                                                                      tiny_folder: Callable[..., Path]) -> None:
     for i, (sections, wanted, name) in enumerate((
-            ({}, Wanted(samples=2), "qwen2"), ({"teacher": {"name_or_path": "llama"}}, Wanted(samples=2), "llama"),
-            ({"teacher": {"name_or_path": "llama"}}, Wanted(samples=2, own=True), "qwen2"))):
+            ({}, DemoOptions(samples=2), "qwen2"),
+            ({"teacher": {"name_or_path": "llama"}}, DemoOptions(samples=2), "llama"),
+            ({"teacher": {"name_or_path": "llama"}}, DemoOptions(samples=2, own=True), "qwen2"))):
         out = tmp_path / f"{i}.jsonl"
         write_demos(own(raw, **sections), out, wanted)
         assert {row["author"] for row in lines(out)} == {str(tiny_folder(name))}
@@ -203,7 +204,7 @@ def test_the_model_itself_where_there_is_no_teacher_or_it_is_asked_for(raw: Raw,
 
 def test_greedy_samples_carry_log_probs_at_temperature_1(tmp_path: Path, drawn: list[Completion]) -> None:
     out = tmp_path / "demos.jsonl"
-    counts = write_demos(toy(tmp_path), out, Wanted(samples=2, temperature=0.0))
+    counts = write_demos(toy(tmp_path), out, DemoOptions(samples=2, temperature=0.0))
     assert 0 < counts["kept"] == counts["duplicates"], "two greedy answers are one"
     raw_logps = {tuple(completion.raw_logps.tolist()) for completion in drawn}
     assert all(tuple(demo["logps"]) in raw_logps for row in lines(out) for demo in row["demos"])
@@ -221,8 +222,8 @@ def test_a_teacher_of_another_tokenizer_gives_texts_alone(raw: Raw, tmp_path: Pa
     (other / "tokenizer.json").write_text(json.dumps(settings))
     config = own(raw, teacher={"name_or_path": str(other)})
     with pytest.raises(UserError, match="its tokenizer is not that of"):
-        write_demos(config, tmp_path / "a.jsonl", Wanted(samples=2))
-    write_demos(config, tmp_path / "b.jsonl", Wanted(samples=2, text_only=True))
+        write_demos(config, tmp_path / "a.jsonl", DemoOptions(samples=2))
+    write_demos(config, tmp_path / "b.jsonl", DemoOptions(samples=2, text_only=True))
     rows = lines(tmp_path / "b.jsonl")
     assert rows
     assert not any("logps" in demo for row in rows for demo in row["demos"])
@@ -232,7 +233,7 @@ def test_a_teacher_of_another_tokenizer_gives_texts_alone(raw: Raw, tmp_path: Pa
 
 def test_a_stopped_command_goes_on_and_ends_with_the_same_file(raw: Raw, tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    config, wanted = own(raw), Wanted(samples=4)
+    config, wanted = own(raw), DemoOptions(samples=4)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     counts = write_demos(config, whole, wanted)
     some, calls = demonstrations._some, []
@@ -251,7 +252,7 @@ def test_a_stopped_command_goes_on_and_ends_with_the_same_file(raw: Raw, tmp_pat
     assert len(lines(part)) == 1 + 16
     part.write_bytes(part.read_bytes()[:-30])  # killed while it wrote: the torn piece is drawn again
     with pytest.raises(UserError, match="a part made with other settings"):
-        write_demos(config, cut, Wanted(samples=5))
+        write_demos(config, cut, DemoOptions(samples=5))
     said: list[str] = []
     assert write_demos(config, cut, wanted, say=said.append) == counts
     assert said[0].startswith("16 of 40 problems"), "the first piece was kept"
@@ -263,9 +264,9 @@ def test_a_file_is_not_overwritten_unless_told(raw: Raw, tmp_path: Path) -> None
     config, out = own(raw), tmp_path / "demos.jsonl"
     out.write_text("mine")
     with pytest.raises(UserError, match=r"exists; name another file with --out, or overwrite it with --force"):
-        write_demos(config, out, Wanted(samples=2))
+        write_demos(config, out, DemoOptions(samples=2))
     assert out.read_text() == "mine"
-    write_demos(config, out, Wanted(samples=2, problems=5), force=True)
+    write_demos(config, out, DemoOptions(samples=2, problems=5), force=True)
     assert 0 < len(lines(out)) <= 5
     with pytest.raises(UserError, match=r"ends in \.jsonl"):
         write_demos(config, tmp_path / "demos.json")
@@ -278,19 +279,19 @@ def test_nothing_solved_is_said_and_leaves_nothing(raw: Raw, tmp_path: Path, mon
     reward.write_text("def never(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
     config = own(raw, reward={"functions": [f"{reward}:never"]})
     with pytest.raises(UserError, match="nothing to keep: 40 problems x 2 samples gave 0 right answers"):
-        write_demos(config, tmp_path / "demos.jsonl", Wanted(samples=2))
+        write_demos(config, tmp_path / "demos.jsonl", DemoOptions(samples=2))
     assert not list(tmp_path.glob("*demos.jsonl*"))
 
 
 def test_cut_answers_and_overlong_ones_are_no_demonstrations(raw: Raw, tmp_path: Path) -> None:
     counts = write_demos(own(raw, rollout={"max_new_tokens": 4, "max_rows": 64}), tmp_path / "a.jsonl",
-                         Wanted(samples=8))
+                         DemoOptions(samples=8))
     balanced(counts)
     assert counts["cut"] > 0
     chat = load_chat(own(raw).model)
     config = own(raw, data={"max_demo_tokens": 8})
     loose = make_config({**config.resolved(), "rollout": {**config.resolved()["rollout"], "max_new_tokens": 20}})
-    counts = write_demos(loose, tmp_path / "b.jsonl", Wanted(samples=8))
+    counts = write_demos(loose, tmp_path / "b.jsonl", DemoOptions(samples=8))
     balanced(counts)
     assert counts["overlong"] > 0
     for row in lines(tmp_path / "b.jsonl"):
@@ -302,7 +303,8 @@ def test_a_failing_verifier_stops_it(raw: Raw, tmp_path: Path) -> None:
     reward = tmp_path / "broken.py"
     reward.write_text("def broken(prompts, completions, **columns):\n    raise RuntimeError('no')\n")
     with pytest.raises(UserError, match="the verifier failed on"):
-        write_demos(own(raw, reward={"functions": [f"{reward}:broken"]}), tmp_path / "demos.jsonl", Wanted(samples=2))
+        write_demos(own(raw, reward={"functions": [f"{reward}:broken"]}), tmp_path / "demos.jsonl",
+                    DemoOptions(samples=2))
 
 
 def test_log_probs_leave_out_an_end_token_that_is_not_the_readers(tiny_folder: Callable[..., Path]) -> None:
@@ -313,7 +315,7 @@ def test_log_probs_leave_out_an_end_token_that_is_not_the_readers(tiny_folder: C
         logps = -np.arange(1.0, len(ids) + 1)
         completion = Completion(np.array(ids), logps * 9, logps, True)
         text = chat.text(np.array([6, 7]))
-        assert demonstrations.read_logps(author, problem, text, completion, Wanted()) == (wanted, False)
+        assert demonstrations.read_logps(author, problem, text, completion, DemoOptions()) == (wanted, False)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_toy_problems_take_demonstrations_from_a_file(tmp_path: Path) -> None:
     out = tmp_path / "demos.jsonl"
-    write_demos(toy(tmp_path), out, Wanted(samples=2))
+    write_demos(toy(tmp_path), out, DemoOptions(samples=2))
     splits = load_splits(toy(tmp_path, data={"demos": str(out)}))
     assert {p.id for p in splits.demos} == {row["id"] for row in lines(out)}
     row = {**lines(out)[0], "prompt": splits.test[0].prompt, "id": "new"}

@@ -67,7 +67,7 @@ COSTS: dict[str, tuple[str, Reader]] = {
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodRuns:
     """The runs of one configuration; they differ in nothing but the seed."""
 
     label: str
@@ -108,7 +108,7 @@ class Claim:
 class Comparison:
     """Everything that the report says, before it is laid out."""
 
-    methods: tuple[Method, ...]
+    methods: tuple[MethodRuns, ...]
     table: dict[str, dict[str, Estimate | None]]  # label -> figure -> estimate
     budgets: dict[str, float | None]  # "rollouts", "flops": the common ones
     claims: tuple[Claim, ...] = ()
@@ -116,7 +116,7 @@ class Comparison:
     unequal: Mapping[str, str] = field(default_factory=dict)  # what differs beside the method -> who has what
 
     @property
-    def base(self) -> Method:
+    def base(self) -> MethodRuns:
         return self.methods[0]
 
     @property
@@ -152,18 +152,18 @@ def disagreement(first: Mapping[str, Any], second: Mapping[str, Any], sections: 
     return None
 
 
-def group(runs: Sequence[Run]) -> list[Method]:
+def group(runs: Sequence[Run]) -> list[MethodRuns]:
     """Runs of the same configuration, seed and bookkeeping apart, in the order in which they were given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps({k: v for k, v in run.config.items() if k not in BOOKKEEPING}, sort_keys=True)
         groups.setdefault(key, []).append(run)
-    methods: list[Method] = []
+    methods: list[MethodRuns] = []
     taken: dict[str, int] = {}
     for members in groups.values():
         label = _label(members)
         taken[label] = taken.get(label, 0) + 1
-        methods.append(Method(label if taken[label] == 1 else f"{label} #{taken[label]}", tuple(members)))
+        methods.append(MethodRuns(label if taken[label] == 1 else f"{label} #{taken[label]}", tuple(members)))
     return methods
 
 
@@ -202,7 +202,7 @@ def analyse(runs: Sequence[Run], base: str | None = None) -> Comparison:
     return Comparison(tuple(methods), table, budgets, claims, (*said, *_notes(methods)), differing)
 
 
-def _unequal(methods: Sequence[Method]) -> dict[str, str]:
+def _unequal(methods: Sequence[MethodRuns]) -> dict[str, str]:
     """Of settings that are still understood; a run of an older version is told by what the caller compares besides."""
     configs = {}
     for method in methods:
@@ -213,14 +213,14 @@ def _unequal(methods: Sequence[Method]) -> dict[str, str]:
     return unequal(configs)
 
 
-def common_budget(methods: Sequence[Method], axis: str) -> float | None:
+def common_budget(methods: Sequence[MethodRuns], axis: str) -> float | None:
     """The largest amount that all methods reached with every seed; for rollouts, among those that have any."""
     counted = [method for method in methods if method.rolls] if axis == "rollouts" else methods
     reached = [run.last(axis) for method in counted for run in method.runs]
     return min((value for value in reached if value is not None), default=None)
 
 
-def _row(method: Method, budgets: Mapping[str, float | None]) -> dict[str, Estimate | None]:
+def _row(method: MethodRuns, budgets: Mapping[str, float | None]) -> dict[str, Estimate | None]:
     row = {key: mean_interval(method.values(read).values()) for key, (_, read) in {**ACCURACIES, **COSTS}.items()}
     for axis, budget in budgets.items():
         row[f"at_{axis}"] = None if budget is None else mean_interval(method.at(axis, budget).values())
@@ -240,7 +240,7 @@ def _over_problems(run: Run, key: str, estimate: Estimate | None) -> Estimate | 
     return Estimate(estimate.value, interval[0], interval[1], 1)
 
 
-def _claims(base: Method, others: Sequence[Method], figure: str) -> list[Claim]:
+def _claims(base: MethodRuns, others: Sequence[MethodRuns], figure: str) -> list[Claim]:
     found = [(other, *_difference(base, other, figure)) for other in others]
     known = [(other, difference, budget) for other, difference, budget in found if difference is not None]
     adjusted = holm([difference.p for _, difference, _ in known])
@@ -253,24 +253,24 @@ def _claims(base: Method, others: Sequence[Method], figure: str) -> list[Claim]:
     return claims
 
 
-def _figure(method: Method, figure: str, budget: float | None) -> dict[int, float]:
+def _figure(method: MethodRuns, figure: str, budget: float | None) -> dict[int, float]:
     if figure in ACCURACIES:
         return method.values(ACCURACIES[figure][1])
     return {} if budget is None else method.at(figure[3:], budget)
 
 
-def _budget(base: Method, other: Method, figure: str) -> float | None:
+def _budget(base: MethodRuns, other: MethodRuns, figure: str) -> float | None:
     """Two methods are compared at the smaller of their own two budgets, not at the smallest of all methods."""
     return None if figure in ACCURACIES else common_budget([base, other], figure[3:])
 
 
-def _gaps(base: Method, other: Method, figure: str) -> list[float]:
+def _gaps(base: MethodRuns, other: MethodRuns, figure: str) -> list[float]:
     budget = _budget(base, other, figure)
     first, second = _figure(base, figure, budget), _figure(other, figure, budget)
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
-def _difference(base: Method, other: Method, figure: str) -> tuple[Difference | None, float | None]:
+def _difference(base: MethodRuns, other: MethodRuns, figure: str) -> tuple[Difference | None, float | None]:
     budget = _budget(base, other, figure)
     difference = paired_difference(_figure(base, figure, budget), _figure(other, figure, budget))
     if difference and difference.n == 1 and figure in {"final", "best"}:
@@ -290,7 +290,7 @@ def judge(difference: Difference, p: float | None, p_equal: float | None) -> str
     return "equal" if p_equal is not None and p_equal < ALPHA else "unclear"
 
 
-def _notes(methods: Sequence[Method]) -> list[str]:
+def _notes(methods: Sequence[MethodRuns]) -> list[str]:
     """What a reader must know before believing the table."""
     runs = [run for method in methods for run in method.runs]
     notes = []

@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BenchmarkOptions:
     """None: as the suite's record says."""
 
     prompt: str | None = None
@@ -53,7 +53,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Job:
+class SuiteRun:
     """One model on one suite."""
 
     suite: Suite
@@ -66,15 +66,16 @@ class Job:
     settings: dict[str, Any]
 
 
-def run(models: Sequence[str], names: Sequence[str], out: Path | None = None, wanted: Wanted | None = None, *,
-        folder: Path | None = None, extra: Path | None = None, fixes: Path | None = None, force: bool = False,
-        say: Say = lambda text: None) -> Path:
+def run(models: Sequence[str], names: Sequence[str], out: Path | None = None,
+        options: BenchmarkOptions | None = None, *, folder: Path | None = None, extra: Path | None = None, fixes: Path | None = None,
+        force: bool = False, say: Say = lambda text: None) -> Path:
     """Every model on every suite, and the page about them; a model's own files lie in a folder of its own beside it."""
     chosen, labels = suites.choose(names, extra), _labels(models)
     single = len(models) == 1 and (Path(models[0]) / "run.json").is_file()
     root = out or (Path(models[0]) / "eval" if single else Path("eval"))
-    results = {label: evaluate(model, chosen, root if single else root / label, wanted or Wanted(), folder, fixes,
-                               force, lambda text, label=label: say(f"{label}: {text}"))
+    options = options or BenchmarkOptions()
+    results = {label: evaluate(model, chosen, root if single else root / label, options, folder, fixes, force,
+                               lambda text, label=label: say(f"{label}: {text}"))
                for model, label in labels.items()}
     found = tables.combined(results)
     write_json(root / "results.json", {"models": results, **found})
@@ -90,27 +91,27 @@ def _labels(models: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def evaluate(name: str, chosen: dict[str, Suite], out: Path, wanted: Wanted, folder: Path | None = None,
+def evaluate(name: str, chosen: dict[str, Suite], out: Path, options: BenchmarkOptions, folder: Path | None = None,
              fixes: Path | None = None, force: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
     """Results by suite, each also in OUT/SUITE.json beside its answers in OUT/SUITE.samples.jsonl."""
     loaded = {key: suites.load(key, suite, folder, fixes) for key, suite in chosen.items()}
-    formats = {key: prompt_format(wanted.prompt or suite.prompt) for key, suite in chosen.items()}
-    opened = open_model(name, wanted)
+    formats = {key: prompt_format(options.prompt or suite.prompt) for key, suite in chosen.items()}
+    opened = open_model(name, options)
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     for key, suite in chosen.items():
-        job = _job(suite, loaded[key], formats[key], wanted, opened, fixes)
+        job = _suite_run(suite, loaded[key], formats[key], options, opened, fixes)
         file = out / f"{key.replace(':', '-')}.samples.jsonl"
-        answers = _answer(opened, job, file, wanted.rows, force, lambda done, of, key=key: say(f"{key} {done}/{of}"))
+        answers = _answer(opened, job, file, options.rows, force, lambda done, of, key=key: say(f"{key} {done}/{of}"))
         results[key] = _result(key, job, opened, answers)
         write_json(out / f"{key.replace(':', '-')}.json", results[key])
     return results
 
 
-def open_model(name: str, wanted: Wanted) -> Opened:
-    config, facts = resolve(name, wanted.which)
-    if wanted.dtype:
-        config = ModelConfig.model_validate(config.model_dump() | {"dtype": wanted.dtype})
+def open_model(name: str, options: BenchmarkOptions) -> Opened:
+    config, facts = resolve(name, options.which)
+    if options.dtype:
+        config = ModelConfig.model_validate(config.model_dump() | {"dtype": options.dtype})
     chat = load_chat(config)
     model = load_model(config)
     facts |= {"sha256": weights_digest(config), "dtype": config.dtype, "device": next(model.parameters()).device.type,
@@ -149,20 +150,22 @@ def weights_digest(config: ModelConfig) -> str:
     return total.hexdigest()
 
 
-def _job(suite: Suite, items: Items, format: PromptFormat, wanted: Wanted, opened: Opened, fixes: Path | None) -> Job:
-    samples = suite.samples if wanted.samples is None else wanted.samples
-    temperature = wanted.temperature or suite.temperature
-    max_new_tokens = wanted.max_new_tokens or suite.max_new_tokens
+def _suite_run(suite: Suite, items: Items, format: PromptFormat, options: BenchmarkOptions, opened: Opened,
+               fixes: Path | None) -> SuiteRun:
+    samples = suite.samples if options.samples is None else options.samples
+    temperature = options.temperature or suite.temperature
+    max_new_tokens = options.max_new_tokens or suite.max_new_tokens
     settings = {
         "model": {key: opened.facts[key] for key in ("sha256", "dtype", "engine", "device")},
-        "items": items.sha256, "limit": wanted.limit, "label_fixes": str(fixes) if fixes else None,
-        "prompt": format.model_dump(), "seed": wanted.seed,
+        "items": items.sha256, "limit": options.limit, "label_fixes": str(fixes) if fixes else None,
+        "prompt": format.model_dump(), "seed": options.seed,
         "sampling": {"greedy": 1, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens},
         "grading": {"verifier": suite.verifier, "extract": suite.extract, "tolerance": suite.tolerance}}
-    return Job(suite, items, items.problems[:wanted.limit], format, samples, temperature, max_new_tokens, settings)
+    problems = items.problems[:options.limit]
+    return SuiteRun(suite, items, problems, format, samples, temperature, max_new_tokens, settings)
 
 
-def _answer(opened: Opened, job: Job, file: Path, rows: int, force: bool,
+def _answer(opened: Opened, job: SuiteRun, file: Path, rows: int, force: bool,
             say: Callable[[int, int], None]) -> list[dict[str, Any]]:
     """All answers: those that are in the file, and the missing ones, appended as they come."""
     kept = [] if force else _kept(file, job.settings)
@@ -214,14 +217,14 @@ def _write(sink: IO[str], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _chunks(job: Job, have: set[tuple[str, int]], rows: int) -> Iterator[list[tuple[Problem, int]]]:
+def _chunks(job: SuiteRun, have: set[tuple[str, int]], rows: int) -> Iterator[list[tuple[Problem, int]]]:
     """What is missing, greedy answers first; the samples of an item stay together, since they share its prompt."""
     for draws in (range(1), range(1, 1 + job.samples)):
         missing = [(problem, draw) for problem in job.problems for draw in draws if (problem.id, draw) not in have]
         yield from (missing[start:start + rows] for start in range(0, len(missing), rows))
 
 
-def _generate(opened: Opened, job: Job, chunk: Sequence[tuple[Problem, int]], rows: int) -> list[Any]:
+def _generate(opened: Opened, job: SuiteRun, chunk: Sequence[tuple[Problem, int]], rows: int) -> list[Any]:
     chat = opened.chat
     engine = NativeEngine(chat.eos_ids, chat.pad_id, chat.text, rows)
     sampling = Sampling(job.max_new_tokens, job.temperature if chunk[0][1] else 0.0, tuple(job.format.stop))
@@ -236,7 +239,7 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def _grade(judge: Judge, job: Job, chat: Chat, chunk: Sequence[tuple[Problem, int]],
+def _grade(judge: Judge, job: SuiteRun, chat: Chat, chunk: Sequence[tuple[Problem, int]],
            drawn: Sequence[Any]) -> list[dict[str, Any]]:
     texts = [job.format.read(chat, completion.ids) for completion in drawn]
     decisions = judge.judged([problem for problem, _ in chunk], texts)
@@ -246,7 +249,7 @@ def _grade(judge: Judge, job: Job, chat: Chat, chunk: Sequence[tuple[Problem, in
             for (problem, draw), completion, text, decision in zip(chunk, drawn, texts, decisions, strict=True)]
 
 
-def _result(name: str, job: Job, opened: Opened, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(name: str, job: SuiteRun, opened: Opened, answers: list[dict[str, Any]]) -> dict[str, Any]:
     first = job.format.ids(opened.chat, job.problems[0])
     fixed = set(job.items.fixed) & {problem.id for problem in job.problems}
     return {

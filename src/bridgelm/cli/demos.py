@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     config = preflight.to_sample(load_config(args.file, args.overrides))
     from bridgelm.rollout import demonstrations
 
-    wanted = demonstrations.Wanted(**{name: getattr(args, name) for name in NAMES})
-    counts = demonstrations.write_demos(config, args.out, wanted, force=args.force,
+    options = demonstrations.DemoOptions(**{name: getattr(args, name) for name in NAMES})
+    counts = demonstrations.write_demos(config, args.out, options, force=args.force,
                                         say=lambda text: print(text, file=sys.stderr))
     print(demonstrations.summary(counts, args.out))

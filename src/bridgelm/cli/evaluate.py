@@ -77,9 +77,9 @@ def _on_suites(args: argparse.Namespace) -> str:
     suites.choose(args.suite, args.suites)  # a wrong name is told before torch is loaded
     from bridgelm.benchmarks import run as benchmarks
 
-    wanted = benchmarks.Wanted(args.prompt, args.samples, args.temperature, args.max_new_tokens, args.seed, args.limit,
-                              args.rows, args.dtype, args.which)
-    page = benchmarks.run(args.models, args.suite, args.out, wanted, folder=args.suite_folder, extra=args.suites,
+    options = benchmarks.BenchmarkOptions(args.prompt, args.samples, args.temperature, args.max_new_tokens, args.seed,
+                                          args.limit, args.rows, args.dtype, args.which)
+    page = benchmarks.run(args.models, args.suite, args.out, options, folder=args.suite_folder, extra=args.suites,
                          fixes=args.label_fixes, force=args.force, say=_say())
     return page.read_text(encoding="utf-8").partition("\n## How it was asked")[0] + f"\nresults: {page}\n"
 

@@ -16,7 +16,7 @@ from bridgelm.analysis.arms import identity, rival, unequal
 from bridgelm.analysis.arms import table as arms_table
 from bridgelm.analysis.comparison import Comparison, analyse, disagreement
 from bridgelm.comparisons.everything import ALL, everything, with_layout
-from bridgelm.comparisons.runs import Job, train_all
+from bridgelm.comparisons.runs import RunProcess, train_all
 from bridgelm.config import catalogue
 from bridgelm.config.options.teachers import TeacherConfig
 from bridgelm.config.run_config import RunConfig, load_config, make_config, one_folder, variant_names
@@ -48,7 +48,8 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
     folder = Path(out) if out else Path(configs[first].out) / f"compare-{first}"
     numbers = range(seeds) if isinstance(seeds, int) else seeds
     # Seeds outermost: a comparison that is stopped half way has whole pairs.
-    plan = [Job(_run_config(config, label, seed, folder)) for seed in numbers for label, config in configs.items()]
+    plan = [RunProcess(_run_config(config, label, seed, folder))
+            for seed in numbers for label, config in configs.items()]
     check_sinks(configs[first].log.sinks)
     if dry_run or not quiet:
         show_arms(configs, notes)

@@ -46,7 +46,7 @@ class Tail:
         return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 
-class Job:
+class RunProcess:
     """One run: what it is, and its process while it has one."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -106,10 +106,10 @@ def differing_key(first: dict[str, Any], second: dict[str, Any]) -> str | None:
     return next((key for key in sorted({*first, *second} - UNIMPORTANT) if first.get(key) != second.get(key)), None)
 
 
-def train_all(jobs: Sequence[Job], at_once: int, quiet: bool = False) -> None:
+def train_all(jobs: Sequence[RunProcess], at_once: int, quiet: bool = False) -> None:
     """Run what is not finished, `at_once` at a time. The first failure stops the others, at a checkpoint."""
     waiting = [job for job in jobs if job.view.state == "waiting"]
-    running: list[Job] = []
+    running: list[RunProcess] = []
     with _stop_on_sigterm(), RunsDisplay({job.config.name: job.view for job in jobs}, quiet) as display:
         for job in jobs:
             job.look()  # runs that are done, or half done, show where they are
@@ -135,7 +135,7 @@ def train_all(jobs: Sequence[Job], at_once: int, quiet: bool = False) -> None:
             raise
 
 
-def _report_end(job: Job, display: RunsDisplay) -> None:
+def _report_end(job: RunProcess, display: RunsDisplay) -> None:
     if job.view.state == "failed":
         assert job.process is not None
         said = job.said()
@@ -145,7 +145,7 @@ def _report_end(job: Job, display: RunsDisplay) -> None:
     display.say(f"{job.config.name} finished: {Run(job.path)!r}")
 
 
-def _stop(running: Sequence[Job], display: RunsDisplay) -> None:
+def _stop(running: Sequence[RunProcess], display: RunsDisplay) -> None:
     """Ask every run to save and end; a second Ctrl-C, or too long a wait, ends them at their last checkpoint."""
     alive = [job.process for job in running if job.process and job.process.poll() is None]
     if alive:

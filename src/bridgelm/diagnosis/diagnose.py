@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bridgelm.analysis.comparison import Method
+from bridgelm.analysis.comparison import MethodRuns
 from bridgelm.diagnosis import text
 from bridgelm.diagnosis.facts import History, Subject, subjects
 from bridgelm.errors import UserError
@@ -53,7 +53,7 @@ def diagnose(runs: Sequence[str | Path], out: str | Path | None = None, *, measu
     return path
 
 
-def markdown(methods: Sequence[Method], found: Sequence[Subject], drawn: bool) -> str:
+def markdown(methods: Sequence[MethodRuns], found: Sequence[Subject], drawn: bool) -> str:
     order = {method.label: i for i, method in enumerate(methods)}
     colours = [order[subject.label] for subject in found]
     histories = [History(run) for method in methods for run in method.by_seed.values()]
@@ -74,7 +74,7 @@ def markdown(methods: Sequence[Method], found: Sequence[Subject], drawn: bool) -
     return harmless("\n\n".join(parts)) + "\n"
 
 
-def data(methods: Sequence[Method], found: Sequence[Subject]) -> dict[str, Any]:
+def data(methods: Sequence[MethodRuns], found: Sequence[Subject]) -> dict[str, Any]:
     """Plain data: the figures of each stage with their intervals, and every run's own probes and switches."""
     stages = [{"run": subject.label, "method": subject.stage.method, "kind": subject.stage.kind,
                "start": subject.stage.start, "end": subject.stage.end,
@@ -91,7 +91,7 @@ def data(methods: Sequence[Method], found: Sequence[Subject]) -> dict[str, Any]:
     return {"stages": stages, "runs": runs, "sentences": text.sentences(found)}
 
 
-def all_panels(methods: Sequence[Method]) -> list[Panel]:
+def all_panels(methods: Sequence[MethodRuns]) -> list[Panel]:
     cuts = sorted({stage.start for method in methods for stage in _histories(method)[0].stages if stage.start})[:6]
     marks = {"cosine": [(0.0, "")]}
     panels = []
@@ -110,7 +110,7 @@ def all_panels(methods: Sequence[Method]) -> list[Panel]:
     return panels
 
 
-def _histories(method: Method) -> list[History]:
+def _histories(method: MethodRuns) -> list[History]:
     return [History(run) for run in method.by_seed.values()]
 
 
@@ -125,7 +125,7 @@ def _line(label: str, colour: int, cells: Mapping[float, Sequence[float]], seeds
                   [max(whole[x]) for x in xs] if band else None)
 
 
-def _over_steps(method: Method, key: str, colour: int, anew: bool) -> Series | None:
+def _over_steps(method: MethodRuns, key: str, colour: int, anew: bool) -> Series | None:
     cells: dict[float, list[float]] = {}
     histories = _histories(method)
     for history in histories:
@@ -145,7 +145,7 @@ def _over_steps(method: Method, key: str, colour: int, anew: bool) -> Series | N
     return Series(line.label, colour, xs, ys, low if line.low else None, high if line.high else None)
 
 
-def _accuracy(method: Method, colour: int) -> Series | None:
+def _accuracy(method: MethodRuns, colour: int) -> Series | None:
     cells: dict[float, list[float]] = {}
     for run in method.by_seed.values():
         for event in run.evals:
@@ -154,7 +154,7 @@ def _accuracy(method: Method, colour: int) -> Series | None:
     return _line(method.label, colour, cells, len(method.by_seed))
 
 
-def _trade(method: Method, colour: int) -> list[Series]:
+def _trade(method: MethodRuns, colour: int) -> list[Series]:
     """How much fit of the demonstrations a unit of drift costs, probe by probe, in stages that draw answers."""
     lines = []
     for stage in _histories(method)[0].stages:

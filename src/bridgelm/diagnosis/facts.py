@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bridgelm.analysis.comparison import Method, group
+from bridgelm.analysis.comparison import MethodRuns, group
 from bridgelm.analysis.stats import Estimate, mean_interval
 from bridgelm.config import catalogue
 from bridgelm.config.options import SequenceOptions
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpan:
     """Steps `start` (excluded) to `end` of a run, under one method."""
 
     method: str
@@ -62,12 +62,12 @@ class History:
         self.run = run
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageSpan]:
         config = make_config(self.run.config, str(self.run.path))
         if not isinstance(config.method, SequenceOptions):
-            return [Stage(config.method.name, 0, config.steps, kind(config.method))]
+            return [StageSpan(config.method.name, 0, config.steps, kind(config.method))]
         ends = list(itertools.accumulate(stage_steps(config.method, config.steps)))
-        return [Stage(stage.method.name, start, end, kind(stage.method))
+        return [StageSpan(stage.method.name, start, end, kind(stage.method))
                 for stage, start, end in zip(config.method.stages, [0, *ends], ends)]
 
     @cached_property
@@ -80,26 +80,26 @@ class History:
     def probed(self) -> bool:
         return any(event.get("event") == "probe" for event in self.run.events)
 
-    def ends(self, stage: Stage, key: str) -> tuple[float, float] | None:
+    def ends(self, stage: StageSpan, key: str) -> tuple[float, float] | None:
         """A probe's figure at the start and at the end of a stage; None unless both were measured."""
         first, last = (self.probes.get(step, {}).get(key) for step in (stage.start, stage.end))
         return (first, last) if isinstance(first, int | float) and isinstance(last, int | float) else None
 
-    def within(self, stage: Stage) -> list[Event]:
+    def within(self, stage: StageSpan) -> list[Event]:
         """Probes of a stage, its start included."""
         return [probe for step, probe in sorted(self.probes.items()) if stage.start <= step <= stage.end]
 
-    def looks(self, stage: Stage) -> list[Event]:
+    def looks(self, stage: StageSpan) -> list[Event]:
         return [event for event in self.run.evals if stage.start <= event["step"] <= stage.end
                 and event.get("accuracy") is not None]
 
-    def accuracy(self, stage: Stage) -> tuple[float, float] | None:
+    def accuracy(self, stage: StageSpan) -> tuple[float, float] | None:
         """Validation accuracy at the last look before the stage and at the last one in it."""
         before = [event for event in self.run.evals if event["step"] <= stage.start]
         after = [event for event in self.looks(stage) if event["step"] > stage.start]
         return (before[-1]["accuracy"], after[-1]["accuracy"]) if before and after else None
 
-    def switch(self, stage: Stage) -> Switch | None:
+    def switch(self, stage: StageSpan) -> Switch | None:
         before = [event for event in self.run.evals if event["step"] <= stage.start]
         after = [event for event in self.looks(stage) if event["step"] > stage.start]
         if stage.start == 0 or not before or not after:
@@ -128,7 +128,7 @@ class Subject:
 
     label: str
     histories: tuple[History, ...]
-    stage: Stage
+    stage: StageSpan
 
     def over(self, read: Callable[[History], float | None]) -> Estimate | None:
         return mean_interval(value for history in self.histories if (value := read(history)) is not None)
@@ -171,13 +171,13 @@ class Subject:
         return [found for history in self.histories if (found := history.switch(self.stage))]
 
 
-def subjects(runs: Sequence[Run]) -> tuple[list[Method], list[Subject]]:
+def subjects(runs: Sequence[Run]) -> tuple[list[MethodRuns], list[Subject]]:
     """Runs grouped into configurations, and each one's stages in turn; of several, the whole run as well."""
     methods = group(runs)
     out = []
     for method in methods:
         histories = tuple(History(run) for run in method.by_seed.values())
         stages = histories[0].stages
-        whole = [Stage("all", 0, stages[-1].end, "whole run")] if len(stages) > 1 else []
+        whole = [StageSpan("all", 0, stages[-1].end, "whole run")] if len(stages) > 1 else []
         out += [Subject(method.label, histories, stage) for stage in [*stages, *whole]]
     return methods, out

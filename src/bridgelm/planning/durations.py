@@ -29,12 +29,12 @@ WASTE = 1.05  # an allocator's
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     generate: float  # seconds
     train: float
 
 
-def seconds(config: RunConfig, need: Need, card: Card, gpus: int, share: float) -> Step:
+def seconds(config: RunConfig, need: Need, card: Card, gpus: int, share: float) -> StepTime:
     """`share`: the mean length of an answer as a share of the longest. Answers are decoded in waves of
     rollout.max_rows, each as long as its longest."""
     rollout, data, n = config.rollout, config.data, need.parameters
@@ -52,7 +52,7 @@ def seconds(config: RunConfig, need: Need, card: Card, gpus: int, share: float) 
     work = answers * (prompt + answer) * (6 * passes + 2 * scored) * n
     work += config.batch.demos * (prompt + data.max_demo_tokens / 2) * 6 * n * ("demos" in _needs(config))
     again = 4 / 3 if config.model.gradient_checkpointing else 1.0
-    return Step(decode, again * work / (TRAINING * card.flops * gpus))
+    return StepTime(decode, again * work / (TRAINING * card.flops * gpus))
 
 
 def _needs(config: RunConfig) -> frozenset[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from bridgelm.analysis.comparison import Comparison, Method
+from bridgelm.analysis.comparison import Comparison, MethodRuns
 from bridgelm.analysis.stats import Estimate, mean_interval, wilson
 from bridgelm.reports.panels import colours
 from bridgelm.reports.text import Table, interval
@@ -46,7 +46,7 @@ def columns(comparison: Comparison, part: str) -> list[Level]:
     return [tuple(column) for column in out if column]
 
 
-def estimate(method: Method, part: str, column: Level) -> Estimate | None:
+def estimate(method: MethodRuns, part: str, column: Level) -> Estimate | None:
     """Mean over the seeds with its interval; with one seed the interval is over problems (Wilson)."""
     found = []
     for run in method.by_seed.values():
@@ -84,7 +84,7 @@ def length_table(comparison: Comparison) -> Table:
                  f"Tokens of an answer. In training: the first and the last {ENDS:.0%} of the steps that drew answers.")
 
 
-def lengths(method: Method) -> dict[str, Estimate | None]:
+def lengths(method: MethodRuns) -> dict[str, Estimate | None]:
     runs = method.by_seed.values()
     final = [((run.result or {}).get("final") or {}) for run in runs]
     ends = [found for run in runs if (found := training_ends(run))]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from bridgelm.analysis.comparison import Comparison, Method, curve
+from bridgelm.analysis.comparison import Comparison, MethodRuns, curve
 from bridgelm.reports.plots import GREY, PALETTE, Bar, Panel, Series
 from bridgelm.runs.progress import clock, short
 from bridgelm.runs.reader import Run
@@ -57,7 +57,7 @@ def curve_panels(comparison: Comparison) -> list[Panel]:
     return panels
 
 
-def _curve(method: Method, axis: str, colour: int) -> Series | None:
+def _curve(method: MethodRuns, axis: str, colour: int) -> Series | None:
     """Seeds are matched by evaluation; of a method without rollouts only its end is shown, at zero rollouts."""
     runs = [points for run in method.by_seed.values() if (points := list(zip(*curve(run, axis))))]
     if not runs:
@@ -146,11 +146,11 @@ def training_panels(comparison: Comparison) -> list[Panel]:
     return panels
 
 
-def bridge_methods(comparison: Comparison) -> list[Method]:
+def bridge_methods(comparison: Comparison) -> list[MethodRuns]:
     return [method for method in comparison.methods if any(run.series("bridge/norm_rl") for run in method.runs)]
 
 
-def bridge_panels(method: Method) -> list[Panel]:
+def bridge_panels(method: MethodRuns) -> list[Panel]:
     """BRIDGE's health over time, averaged over seeds."""
     norms = _lines(method, {"bridge/norm_sft": "SFT", "bridge/norm_rl": "RL", "bridge/norm_shadow": "shadow",
                             "bridge/norm_third": "RL − shadow"})
@@ -170,7 +170,7 @@ def bridge_panels(method: Method) -> list[Panel]:
                      for title, (lines, marks) in plain.items() if lines]
 
 
-def _gain(method: Method) -> list[Series]:
+def _gain(method: MethodRuns) -> list[Series]:
     """The estimate with its standard error; hollow where most of the seeds' ESS was too small to trust it."""
     rows = [binned(run, ("bridge/gain", "bridge/gain_se", "bridge/gain_reliable"), 40) for run in method.runs]
     steps = sorted({step for row in rows for step in row})
@@ -199,11 +199,11 @@ def _wide(lines: Sequence[Series]) -> bool:
     return min(values) > 0 and max(values) / min(values) > 30
 
 
-def _lines(method: Method, keys: Mapping[str, str]) -> list[Series]:
+def _lines(method: MethodRuns, keys: Mapping[str, str]) -> list[Series]:
     return [line for i, (key, label) in enumerate(keys.items()) if (line := _mean(method, key, label, i))]
 
 
-def _mean(method: Method, key: str, label: str, colour: int) -> Series | None:
+def _mean(method: MethodRuns, key: str, label: str, colour: int) -> Series | None:
     """A training metric over steps: mean of the seeds, with the range of the seeds as a band."""
     rows = [binned(run, (key,), POINTS) for run in method.by_seed.values()]
     cells: dict[int, list[float]] = {}

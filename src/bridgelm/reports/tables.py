@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bridgelm.analysis.comparison import Comparison, Method
+from bridgelm.analysis.comparison import Comparison, MethodRuns
 from bridgelm.reports.text import Table
 from bridgelm.runs.reader import Run
 
@@ -21,7 +21,7 @@ def demonstration_tables(comparison: Comparison) -> list[tuple[str, list[Table]]
     return [(label, tables) for label, tables in found if tables]
 
 
-def _tables(method: Method) -> list[Table]:
+def _tables(method: MethodRuns) -> list[Table]:
     sources = _pooled(method.runs, "sources", ("source",), "tokens")
     column = _plain(sources[0].get("column") or "source") if sources else ""
     return [*_sources(sources, column), *_ends(_pooled(method.runs, "demonstrations", ("problem_id", "text"), "count"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from bridgelm.analysis.comparison import ACCURACIES, MARGIN, SHARED, Claim, Comparison, Method, disagreement
+from bridgelm.analysis.comparison import ACCURACIES, MARGIN, SHARED, Claim, Comparison, MethodRuns, disagreement
 from bridgelm.analysis.stats import Estimate
 from bridgelm.reports.panels import VERDICTS, colours, share, signed
 from bridgelm.runs.progress import clock, short
@@ -173,7 +173,7 @@ def result_table(comparison: Comparison) -> Table:
     return Table(headers, rows, colours(comparison), "Accuracy in percent, mean and 95 % interval.")
 
 
-def _at_budget(method: Method, estimate: Estimate | None, axis: str, comparison: Comparison) -> str:
+def _at_budget(method: MethodRuns, estimate: Estimate | None, axis: str, comparison: Comparison) -> str:
     """A method that never rolls out has no equal-rollouts figure of its own: its end is shown, and said to be."""
     text = interval(estimate)
     return f"{text} (its end)" if axis == "rollouts" and not method.rolls and estimate else text
@@ -213,7 +213,7 @@ def cost_table(comparison: Comparison) -> Table:
     return Table(headers, rows, colours(comparison), caption)
 
 
-def ledger(method: Method) -> dict[str, float]:
+def ledger(method: MethodRuns) -> dict[str, float]:
     """Shares of the FLOPs by what they were spent on."""
     parts = {name: fmean([run.last(key) or 0.0 for run in method.runs]) for key, name in LEDGER.items()}
     total = sum(parts.values())

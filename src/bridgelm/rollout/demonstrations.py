@@ -23,7 +23,7 @@ from bridgelm.data.cursors import check_lengths, load_splits
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.model.loading import load_model
-from bridgelm.rollout.roller import Grader, check_errors
+from bridgelm.rollout.roller import AnswerGrader, check_errors
 from bridgelm.rollout.teacher import Teacher
 from bridgelm.rollout.teacher_ids import Reader, teacher_model
 from bridgelm.runs.folder import clean, read_lines
@@ -34,7 +34,7 @@ SALT = 15_485_863  # keeps these draws apart from those of rollouts and evaluati
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DemoOptions:
     """What to sample and what to keep of it."""
 
     samples: int = 4  # of each problem
@@ -59,35 +59,35 @@ class Author:
     name: str
 
 
-def write_demos(config: RunConfig, out: str | Path, wanted: Wanted | None = None, *, force: bool = False,
+def write_demos(config: RunConfig, out: str | Path, options: DemoOptions | None = None, *, force: bool = False,
                 say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Writes the file and returns the counts."""
-    wanted, out = wanted or Wanted(), Path(out)
-    draft = _opened(config, out, wanted, force)
+    options, out = options or DemoOptions(), Path(out)
+    draft = _opened(config, out, options, force)
     chat = load_chat(config.model)
     splits = check_lengths(load_splits(config), chat, config)
-    problems = splits.train[:wanted.problems]
-    size = max(1, config.rollout.max_rows // wanted.samples)  # problems decoded at once
+    problems = splits.train[:options.problems]
+    size = max(1, config.rollout.max_rows // options.samples)  # problems decoded at once
     done = read_lines(draft)[1:]
     done = done[:len(done) // size * size] if len(done) < len(problems) else done
-    _rewrite(draft, done, wanted, config)
+    _rewrite(draft, done, options, config)
     if len(done) < len(problems):
-        author = _author(config, chat, wanted)
+        author = _author(config, chat, options)
         with build_verifier(config.reward) as grader, draft.open("a", encoding="utf-8") as file:
             for start in range(len(done), len(problems), size):
-                found = _some(author, grader, problems[start:start + size], start, config, wanted)
+                found = _some(author, grader, problems[start:start + size], start, config, options)
                 file.write("".join(json.dumps(clean(line), ensure_ascii=False) + "\n" for line in found))
                 file.flush()
                 done += found
                 say(f"{len(done)} of {len(problems)} problems, {sum(line['counts']['kept'] for line in done)} kept")
     rows = [line["row"] for line in done if line["row"] is not None]
-    if not any(line["counts"]["kept"] for line in done) and not wanted.paired:
+    if not any(line["counts"]["kept"] for line in done) and not options.paired:
         draft.unlink()
         right, cut = (sum(line["counts"].get(key, 0) for line in done) for key in ("correct", "cut"))
-        raise UserError(f"demos: nothing to keep: {len(problems)} problems x {wanted.samples} samples gave {right} "
+        raise UserError(f"demos: nothing to keep: {len(problems)} problems x {options.samples} samples gave {right} "
                         f"right answers, {cut} of them cut off at the limit of new tokens; raise --samples or "
                         "--max-new-tokens, or take another teacher")
-    if wanted.keep_wrong:
+    if options.keep_wrong:
         _write(wrong_file(out), [line["wrong"] for line in done if line["wrong"] is not None])
     _write(out, rows)
     draft.unlink()
@@ -104,10 +104,10 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     fresh.replace(path)
 
 
-def _opened(config: RunConfig, out: Path, wanted: Wanted, force: bool) -> Path:
+def _opened(config: RunConfig, out: Path, options: DemoOptions, force: bool) -> Path:
     """The file of work in progress; refuses to overwrite what was made otherwise."""
     draft = out.with_name(f".{out.name}.part")
-    for path in (out, *([wrong_file(out)] if wanted.keep_wrong else [])):
+    for path in (out, *([wrong_file(out)] if options.keep_wrong else [])):
         if path.exists() and not force:
             raise UserError(f"{path}: exists; name another file with --out, or overwrite it with --force")
     if out.suffix != ".jsonl":
@@ -115,7 +115,7 @@ def _opened(config: RunConfig, out: Path, wanted: Wanted, force: bool) -> Path:
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
     begun = read_lines(draft)[:1]
-    if begun and begun[0] != clean(_header(wanted, config)) and not force:
+    if begun and begun[0] != clean(_header(options, config)) and not force:
         raise UserError(f"{draft}: holds a part made with other settings; repeat that command to finish it, or start "
                         "again with --force")
     if begun and force:
@@ -123,49 +123,49 @@ def _opened(config: RunConfig, out: Path, wanted: Wanted, force: bool) -> Path:
     return draft
 
 
-def _header(wanted: Wanted, config: RunConfig) -> dict[str, Any]:
+def _header(options: DemoOptions, config: RunConfig) -> dict[str, Any]:
     settings = config.resolved()
     kept = ("seed", "model", "teacher", "data", "reward")
-    return {"wanted": asdict(wanted), **{key: settings[key] for key in kept}, "rows": config.rollout.max_rows,
+    return {"wanted": asdict(options), **{key: settings[key] for key in kept}, "rows": config.rollout.max_rows,
             "limit": config.rollout.max_new_tokens, "stop": config.rollout.stop}
 
 
-def _rewrite(draft: Path, done: Sequence[dict[str, Any]], wanted: Wanted, config: RunConfig) -> None:
+def _rewrite(draft: Path, done: Sequence[dict[str, Any]], options: DemoOptions, config: RunConfig) -> None:
     """Header and whole pieces alone: what a killed command left half done is drawn again."""
-    _write(draft, [_header(wanted, config), *done])
+    _write(draft, [_header(options, config), *done])
 
 
-def _author(config: RunConfig, reader: Chat, wanted: Wanted) -> Author:
-    by_teacher = config.teacher is not None and not wanted.own
+def _author(config: RunConfig, reader: Chat, options: DemoOptions) -> Author:
+    by_teacher = config.teacher is not None and not options.own
     named: ModelConfig = teacher_model(config) if by_teacher else config.model
     chat = load_chat(named) if by_teacher else reader
-    teacher = None if wanted.text_only else Teacher(named, Reader(reader, chat), config.batch.micro_tokens)
+    teacher = None if options.text_only else Teacher(named, Reader(reader, chat), config.batch.micro_tokens)
     model = load_model(named) if teacher is None else teacher.model
     return Author(model, chat, reader, teacher, named.name_or_path)
 
 
-def _some(author: Author, grader: Grader, problems: Sequence[Problem], start: int, config: RunConfig,
-          wanted: Wanted) -> list[dict[str, Any]]:
+def _some(author: Author, grader: AnswerGrader, problems: Sequence[Problem], start: int, config: RunConfig,
+          options: DemoOptions) -> list[dict[str, Any]]:
     """A line for each of some problems: the row to be written, if any, and counts."""
-    repeated = [problem for problem in problems for _ in range(wanted.samples)]
+    repeated = [problem for problem in problems for _ in range(options.samples)]
     engine = NativeEngine(author.chat.eos_ids, author.chat.pad_id, author.chat.text, config.rollout.max_rows)
-    limit = wanted.max_new_tokens or config.rollout.max_new_tokens
-    requests = [Request(author.chat.prompt_ids(problem), (config.seed, SALT, start * wanted.samples + i))
+    limit = options.max_new_tokens or config.rollout.max_new_tokens
+    requests = [Request(author.chat.prompt_ids(problem), (config.seed, SALT, start * options.samples + i))
                 for i, problem in enumerate(repeated)]
-    sampling = Sampling(limit, wanted.temperature, tuple(config.rollout.stop))
+    sampling = Sampling(limit, options.temperature, tuple(config.rollout.stop))
     drawn = engine.generate(Origin(author.model), requests, sampling)
     grades = grader.grade(repeated, [author.chat.turn(completion.ids) for completion in drawn])
     failed = sum(grade.verdict is Verdict.ERROR for grade in grades)
     check_errors(failed, len(grades), config, "demonstrations", grader)
     out = []
     for i, problem in enumerate(problems):
-        part = slice(i * wanted.samples, (i + 1) * wanted.samples)
-        out.append(_line(author, problem, drawn[part], grades[part], config, wanted))
+        part = slice(i * options.samples, (i + 1) * options.samples)
+        out.append(_line(author, problem, drawn[part], grades[part], config, options))
     return out
 
 
 def _line(author: Author, problem: Problem, drawn: Sequence[Completion], grades: Sequence[Grade], config: RunConfig,
-          wanted: Wanted) -> dict[str, Any]:
+          options: DemoOptions) -> dict[str, Any]:
     counts: Counter[str] = Counter(problems=1, samples=len(drawn), tokens=sum(len(c.ids) for c in drawn))
     seen = {demo.text.strip() for demo in problem.demos}
     kept: dict[Verdict, list[dict[str, Any]]] = {Verdict.CORRECT: [], Verdict.WRONG: []}
@@ -176,40 +176,40 @@ def _line(author: Author, problem: Problem, drawn: Sequence[Completion], grades:
         fault = ("cut" if not completion.finished else "empty" if not text.strip() else
                  "overlong" if own.sum() > config.data.max_demo_tokens else
                  "duplicates" if text.strip() in seen else None)
-        if grade.verdict not in kept or (grade.verdict is Verdict.WRONG and not wanted.keep_wrong):
+        if grade.verdict not in kept or (grade.verdict is Verdict.WRONG and not options.keep_wrong):
             continue
-        if fault is None and grade.verdict is Verdict.CORRECT and len(kept[grade.verdict]) == wanted.keep:
+        if fault is None and grade.verdict is Verdict.CORRECT and len(kept[grade.verdict]) == options.keep:
             fault = "more"
         if fault is not None:
             counts[fault] += grade.verdict is Verdict.CORRECT
             continue
         seen.add(text.strip())
-        logps, again = read_logps(author, problem, text, completion, wanted)
+        logps, again = read_logps(author, problem, text, completion, options)
         kept[grade.verdict].append({"text": text} | ({} if logps is None else {"logps": logps}))
         counts["again"] += again
         counts["kept_tokens"] += int(own.sum()) if grade.verdict is Verdict.CORRECT else 0
     right, judged = counts["correct"], counts["correct"] + counts["wrong"]
     counts["kept"], counts["solved"] = len(kept[Verdict.CORRECT]), int(right > 0)
     about = {"author": author.name, "solve_rate": right / judged if judged else None}
-    row = to_row(problem, kept[Verdict.CORRECT], config.data.fields, wanted.paired, about)
+    row = to_row(problem, kept[Verdict.CORRECT], config.data.fields, options.paired, about)
     wrong = to_row(problem, kept[Verdict.WRONG], config.data.fields, False, about)
-    return {"row": row if wanted.paired or kept[Verdict.CORRECT] else None,
+    return {"row": row if options.paired or kept[Verdict.CORRECT] else None,
             "wrong": wrong if kept[Verdict.WRONG] else None, "counts": dict(counts)}
 
 
 def read_logps(author: Author, problem: Problem, text: str, drawn: Completion,
-               wanted: Wanted) -> tuple[list[float] | None, bool]:
+               options: DemoOptions) -> tuple[list[float] | None, bool]:
     """Log-probs of the tokens that the text reads back as, its end token among them where the author drew the same one;
     and whether they had to be scored again. At the sampling temperature: those of the policy that wrote them."""
     if author.teacher is None:
         return None, False
     ids, own = author.reader.demo_ids(problem, Demo(text))
-    written, logps = ids[own], drawn.logps if wanted.temperature > 0 else drawn.raw_logps
+    written, logps = ids[own], drawn.logps if options.temperature > 0 else drawn.raw_logps
     if np.array_equal(drawn.ids, written) or np.array_equal(drawn.ids, written[:-1]):  # or it ended at a stop string
         return _numbers(logps), False
     if np.array_equal(drawn.ids[:-1], written[:-1]):  # another end token
         return _numbers(logps[:-1]), False
-    found = author.teacher.score([Row(ids, own, "demo", problem, temperature=wanted.temperature or 1.0)])[0][own]
+    found = author.teacher.score([Row(ids, own, "demo", problem, temperature=options.temperature or 1.0)])[0][own]
     found = found[:-1] if np.isnan(found[-1]) else found
     return (None if np.isnan(found).any() else _numbers(found)), True
 

@@ -27,14 +27,14 @@ NOTHING = np.empty(0, dtype=np.int64)
 ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
 
 
-class Grader(Protocol):
+class AnswerGrader(Protocol):
     @property
     def last_error(self) -> str: ...
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]: ...
 
 
-def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader: Grader) -> None:
+def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader: AnswerGrader) -> None:
     """A verifier that keeps failing stops the run: its silence must not pass for wrong answers."""
     limit = config.reward.max_error_rate
     if failed > limit * max(graded, ENOUGH) or (0 < failed == graded and limit < 1):
@@ -43,7 +43,7 @@ def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader
 
 
 class Roller:
-    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: Grader, config: RunConfig,
+    def __init__(self, policy: Policy, engine: Engine, chat: Chat, grader: AnswerGrader, config: RunConfig,
                  teacher: Teacher | None = None, early: Judge | None = None) -> None:
         self.early = early  # judges answers before their batch is graded
         self.teacher = teacher

@@ -87,7 +87,7 @@ def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> tuple[dict[str, 
     return about, {name: found.tobytes().hex() for name, found in sums.items()}
 
 
-class Saved(Mapping[str, Tensor]):
+class SavedTensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint: of each, what this rank holds, however many parts it was written in. No other rows
     are read."""
 
@@ -208,7 +208,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> None:
-    saved = Saved(checkpoint, state.get("parts", {}))
+    saved = SavedTensors(checkpoint, state.get("parts", {}))
     _check_fit(checkpoint, saved, policy)
     torch.set_rng_state(saved["random/torch"])
     policy.load(saved)
@@ -218,7 +218,7 @@ def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> 
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
-def _check_fit(checkpoint: Path, saved: Saved, policy: Policy) -> None:
+def _check_fit(checkpoint: Path, saved: SavedTensors, policy: Policy) -> None:
     """Of the tensors to this run's: other settings make other ones."""
     own = {name: t for name, t in policy.tensors().items() if name.startswith("group/")}
     counts = grads.rows(own)

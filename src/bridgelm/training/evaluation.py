@@ -18,7 +18,7 @@ from bridgelm.data.model_shapes import model_path
 from bridgelm.engine import Engine, NativeEngine, Origin, Request, Sampling
 from bridgelm.errors import UserError
 from bridgelm.model.loading import load_model
-from bridgelm.rollout.roller import Grader, check_errors
+from bridgelm.rollout.roller import AnswerGrader, check_errors
 from bridgelm.training.checkpoint import model_folder
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify import build_verifier
@@ -26,8 +26,8 @@ from bridgelm.verify import build_verifier
 SALT = 7_919  # keeps evaluation draws apart from rollout draws
 
 
-def measure(origin: Origin, engine: Engine, chat: Chat, grader: Grader, problems: Sequence[Problem], config: RunConfig,
-            samples: int = 0) -> dict[str, Any]:
+def measure(origin: Origin, engine: Engine, chat: Chat, grader: AnswerGrader, problems: Sequence[Problem],
+            config: RunConfig, samples: int = 0) -> dict[str, Any]:
     """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out; too many of
     them are an error of their own."""
     limit, stop = config.eval.max_new_tokens or config.rollout.max_new_tokens, tuple(config.rollout.stop)
@@ -55,7 +55,7 @@ def measure(origin: Origin, engine: Engine, chat: Chat, grader: Grader, problems
     return out
 
 
-def _graded(grader: Grader, problems: list[Problem], texts: list[str], config: RunConfig) -> list[Grade]:
+def _graded(grader: AnswerGrader, problems: list[Problem], texts: list[str], config: RunConfig) -> list[Grade]:
     grades = grader.grade(problems, texts)
     failed = sum(grade.verdict is Verdict.ERROR for grade in grades)
     check_errors(failed, len(grades), config, "evaluation", grader)
