@@ -183,7 +183,7 @@ def measure(config: RunConfig) -> tuple[dict[str, int], dict[str, Any]]:
         standing = alive.now
         with Watch(alive, session.roll.engine) as watch:
             loop.take_step(session)
-            loop._measure(session, session.data.splits.validation[:config.eval.problems], 0)
+            loop._evaluate(session, session.data.splits.validation[:config.eval.problems], 0)
     session.folder.close()
     session.roll.grader.close()
     return {**watch.peaks, "standing": standing}, watch.work()

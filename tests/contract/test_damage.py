@@ -143,13 +143,13 @@ def test_best_weights_are_chosen_anew_where_they_are_lost(lose: Callable[[Path],
 
 
 def test_lost_best_weights_leave_the_final_ones(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = loop.finish
+    finish = loop.finish_run
 
     def lost(session: Any) -> None:
         session.best = {**session.best, "step": 2}  # not those of the last step
         flip(stopped / "best/model.safetensors")
         finish(session)
-    monkeypatch.setattr(loop, "finish", lost)
+    monkeypatch.setattr(loop, "finish_run", lost)
     run = loop.resume(stopped, quiet=True)
     assert (run.result or {}).keys() == {"final"}
     assert "best is damaged or missing" in run.warnings[-1]["text"]

@@ -75,7 +75,7 @@ def standing_bytes(trained: Policy) -> int:
 def run_on(count: int, config: Any, folder: Path) -> list[Any]:
     """Trains; every rank says what it ends with."""
     said: dict[str, Any] = {}
-    finish = loop.finish
+    finish = loop.finish_run
 
     def noted(session: loop.Session) -> None:
         said.update(weights=fingerprint(session.policy), bytes=standing_bytes(session.policy), data=session.data.state(), ledger=session.policy.ledger.state(),
@@ -84,7 +84,7 @@ def run_on(count: int, config: Any, folder: Path) -> list[Any]:
         finish(session)
 
     def work() -> Any:
-        loop.finish = noted
+        loop.finish_run = noted
         loop.train(config, quiet=True)
         return {**said, "meetings": dist._State.meetings}
 

@@ -20,8 +20,7 @@ from bridgelm.diagnosis.measure import measure_saved
 from bridgelm.model.batching import halves, make_batch
 from bridgelm.runs.folder import read_lines
 from bridgelm.runs.reader import Run
-from bridgelm.training import loop
-from bridgelm.training import probe as probe_module
+from bridgelm.training import loop, measurements
 from bridgelm.types import Row
 from tiny import raw_config
 
@@ -119,9 +118,9 @@ def moved(session: Callable[..., Any]) -> Any:
 
 
 def expected(made: Any, start: dict[str, Tensor]) -> tuple[dict[str, float], list[Row]]:
-    sample = probe_module.draw_sample(made.data.splits, made.config)
+    sample = measurements.draw_sample(made.data.splits, made.config)
     demos = [made.roll.demo(problem, demo) for problem, demo in sample.demos]
-    made.roll.begin(probe_module.SALT)
+    made.roll.begin(measurements.SALT)
     drawn = made.roll(sample.problems, PROBE["group"])
     model, parts = made.policy.model, {}
     tokens = sum(int(row.own.sum()) for row in demos)
@@ -152,8 +151,8 @@ def expected(made: Any, start: dict[str, Tensor]) -> tuple[dict[str, float], lis
     return {name: float(value) for name, value in values.items()}, drawn
 
 
-def measured(made: Any, start: dict[str, Tensor], module: Any = probe_module) -> dict[str, float]:
-    sample = probe_module.draw_sample(made.data.splits, made.config)
+def measured(made: Any, start: dict[str, Tensor], module: Any = measurements) -> dict[str, float]:
+    sample = measurements.draw_sample(made.data.splits, made.config)
     return module.measure(made.policy, made.roll, sample, PROBE["group"], start)
 
 
@@ -189,16 +188,16 @@ MUTANTS = {
 def test_mutants_are_seen(moved: Any, name: str) -> None:
     swap, seen = MUTANTS[name]
     right, _ = expected(*moved)
-    assert wrong(measured(*moved, mutate(probe_module, (swap,))), right) == seen
+    assert wrong(measured(*moved, mutate(measurements, (swap,))), right) == seen
 
 
 def test_the_sample_is_the_same_for_every_seed_and_held_out_where_it_can_be(session: Callable[..., Any]) -> None:
     first, second = (session("sft", diagnose=PROBE, seed=seed) for seed in (0, 1))
-    a, b = (probe_module.draw_sample(s.data.splits, s.config) for s in (first, second))
+    a, b = (measurements.draw_sample(s.data.splits, s.config) for s in (first, second))
     assert a == b and not a.held and len(a.demos) == PROBE["demos"] and len(a.problems) == PROBE["problems"]
     splits = first.data.splits
     carrying = tuple(type(p)(p.id, p.messages, p.answer, splits.train[0].demos) for p in splits.validation)
-    held = probe_module.draw_sample(type(splits)(splits.train, (), carrying, splits.test), first.config)
+    held = measurements.draw_sample(type(splits)(splits.train, (), carrying, splits.test), first.config)
     assert held.held and {p.id for p, _ in held.demos} <= {p.id for p in carrying}
 
 

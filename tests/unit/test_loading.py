@@ -146,7 +146,7 @@ def test_neither_a_run_nor_its_teacher_begins_from_random_weights(copied: Callab
     broken = rewritten(copied("Qwen2"), other_prefix)
     with pytest.raises(UserError, match=r"^model\.name_or_path: the weights of"):
         bridgelm.train(raw_config(tmp_path / "world", {"name": "sft"}, model=broken), quiet=True)
-    assert not (tmp_path / "world" / "runs" / "run").exists(), "nothing was trained: the name stays free"
+    assert not (tmp_path / "world" / "runs" / "run").exists(), "nothing was trained, so the name stays free"
     taught = raw_config(tmp_path / "other", {"name": "kdrl"}, model=family("Qwen2"),
                         teacher={"name_or_path": str(broken)})
     with pytest.raises(UserError, match=r"^teacher\.name_or_path: the weights of"):

@@ -64,13 +64,13 @@ def group_sizes(rows: list[Row]) -> list[int]:
 def test_looks_best_and_final(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best step is chosen on validation, the first of equals, and both models are measured on the test set."""
     scores = iter([0.9, 0.2, 0.6, 0.6])  # before training, after steps 2, 4 and 5
-    measure, calls = loop._measure, []
+    measure, calls = loop._evaluate, []
 
     def scripted(session: Any, problems: Any, samples: int, model: Any = None) -> dict[str, Any]:
         found = measure(session, problems, samples, model)
         calls.append((session.step, problems, model is not None))
         return {**found, "accuracy": next(scores)} if len(problems) == 8 else found
-    monkeypatch.setattr(loop, "_measure", scripted)
+    monkeypatch.setattr(loop, "_evaluate", scripted)
     run = bridgelm.train(raw("sft", steps=5), quiet=True)
     assert [e["step"] for e in run.evals] == [0, 2, 4, 5], "every two steps and at the end"
     assert [e["accuracy"] for e in run.evals] == [0.9, 0.2, 0.6, 0.6]

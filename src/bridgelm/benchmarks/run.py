@@ -67,8 +67,8 @@ class SuiteRun:
 
 
 def run(models: Sequence[str], names: Sequence[str], out: Path | None = None,
-        options: BenchmarkOptions | None = None, *, folder: Path | None = None, extra: Path | None = None, fixes: Path | None = None,
-        force: bool = False, say: Say = lambda text: None) -> Path:
+        options: BenchmarkOptions | None = None, *, folder: Path | None = None, extra: Path | None = None,
+        fixes: Path | None = None, force: bool = False, say: Say = lambda text: None) -> Path:
     """Every model on every suite, and the page about them; a model's own files lie in a folder of its own beside it."""
     chosen, labels = suites.choose(names, extra), _labels(models)
     single = len(models) == 1 and (Path(models[0]) / "run.json").is_file()

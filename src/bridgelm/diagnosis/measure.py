@@ -20,7 +20,7 @@ from bridgelm.model.policy import Policy
 from bridgelm.rollout.roller import Roller
 from bridgelm.runs.folder import clean
 from bridgelm.runs.reader import Run
-from bridgelm.training.probe import draw_sample, measure, start_folder
+from bridgelm.training.measurements import draw_sample, measure, start_folder
 from bridgelm.verify import build_verifier
 
 

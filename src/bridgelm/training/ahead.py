@@ -1,9 +1,10 @@
-"""One-step-ahead rollouts: the answers of step t + 1 are asked for with the weights that step t begins with, and an
-engine with a device of its own draws them while step t trains. They are off-policy by one update, which is corrected
-and measured as an engine's mismatch is: by the trainer's log-probs when they are used.
+"""One-step-ahead rollouts (`rollout.ahead`): an engine with its own device draws step t + 1's answers while t trains.
 
-What step t + 1 will ask for is found by a rehearsal of the method's `gather`, which ends where it draws; then data and
-method are put back to where they were. When step t + 1 asks for something else after all, it is drawn anew.
+The answers are drawn with the weights that step t begins with, so they are off-policy by one update. This is measured
+and corrected as the mismatch of an engine is: the trainer computes their log-probs when they are used.
+
+To find out what step t + 1 will ask for, the method's `gather` is rehearsed up to the point where it draws; data and
+method are then put back to where they were. If step t + 1 asks for something else after all, it is drawn anew.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bridgelm.runs.folder import clean
 
 
 def ask_ahead(method: Method, data: Data, roll: Roller, step: int) -> None:
-    """After the gather of `step`, before its update."""
+    """Asks for the answers of the step after `step`. It runs after the gather of `step` and before its update."""
     if not roll.config.rollout.ahead:
         return
     if roll.calls > 1:
@@ -42,5 +43,5 @@ def ask_ahead(method: Method, data: Data, roll: Roller, step: int) -> None:
 
 
 def plain(state: Any) -> Any:
-    """As it comes back from a checkpoint, and sharing nothing with the method."""
+    """A deep copy of a state, as it would come back from a checkpoint: it shares nothing with the method."""
     return json.loads(json.dumps(clean(state)))

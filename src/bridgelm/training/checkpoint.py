@@ -1,4 +1,6 @@
-"""Checkpoints that are whole or absent, and never unpickled: safetensors for tensors, JSON for the rest.
+"""Checkpoints, which hold weights, optimizer state, data position and random state: written, checked, loaded, exported.
+
+A checkpoint is whole or absent, and nothing in it is unpickled: tensors are safetensors, all else is JSON.
 
     RUN/checkpoints/step-000020/   everything a run needs to go on exactly, with checksums; the last two are kept
     RUN/best/, RUN/final/          merged models, ordinary Hugging Face folders
@@ -29,15 +31,15 @@ from bridgelm.runs import disk
 from bridgelm.runs.folder import read_json, write_json
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-CHECKSUM = "xxh3_128"  # the manifest's key: what the checksums are
-NEEDED = {"step", "method", "data", "ledger", "best", "said", "watch", "due", "random"}  # of the state
+CHECKSUM = "xxh3_128"  # the key in the manifest, which names the algorithm
+NEEDED = {"step", "method", "data", "ledger", "best", "said", "watch", "due", "random"}  # keys of the state
 KEPT = 2
-OURS = re.compile(r"(step|\.draft)-\d{6,}(-old)?")  # what lies in RUN/checkpoints by our hand
+OURS = re.compile(r"(step|\.draft)-\d{6,}(-old)?")  # the folders in RUN/checkpoints that are written here
 
 
 def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
-    """Written beside and renamed into place: a kill at any moment leaves the older one or the newer one. The first rank
-    writes what all of them hold; where weights lie in parts, each writes its own."""
+    """Writes a draft beside the checkpoints and renames it into place, so that a kill at any moment leaves a whole one.
+    The first rank writes what all ranks hold; where weights are sharded, each rank writes its shard."""
     folder = run / "checkpoints"
     target, draft = folder / f"step-{step:06d}", folder / f".draft-{step:06d}"
     if dist.first():
@@ -49,16 +51,16 @@ def save(run: Path, step: int, policy: Policy, state: Mapping[str, Any]) -> None
         write_json(draft / STATE, {**state, **about, "step": step, "random": _random_state()})
         write_json(draft / MANIFEST, {CHECKSUM: {**sums, STATE: disk.digest(draft / STATE)}})
         _put(draft, target)
-        # Those of later steps are from before this run went on from an older one.
+        # Checkpoints of later steps are left over from before the run was resumed from an older one.
         stay = [path for path in kept(run) if _step(path) <= step][:KEPT]
         for other in folder.iterdir():
-            if other not in stay and OURS.fullmatch(other.name):  # a copy that a user keeps has another name
+            if other not in stay and OURS.fullmatch(other.name):  # a copy that a user made has another name and stays
                 shutil.rmtree(other, ignore_errors=True)
     dist.wait()
 
 
 def _put(draft: Path, folder: Path) -> None:
-    """Takes the place of a folder as a whole, once all of it is on disk."""
+    """Replaces `folder` with the draft as a whole, once all of the draft is on disk."""
     disk.sync_tree(draft)
     old = draft.with_name(f"{draft.name}-old")
     if folder.exists():
@@ -69,7 +71,7 @@ def _put(draft: Path, folder: Path) -> None:
 
 
 def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, str]]:
-    """This rank's file; gives what the state says of them, where there are several, and the checksums of all."""
+    """Writes this rank's file. Returns how tensors are split over files, where there are several, and all checksums."""
     parted, counts = dist.parted(), grads.rows(found)
     sums: dict[str, np.ndarray] = {}
     names = [f"tensors-{rank:05d}-of-{dist.world():05d}.safetensors" for rank in range(dist.world())]
@@ -88,8 +90,8 @@ def _write_tensors(draft: Path, found: Mapping[str, Tensor]) -> tuple[dict[str, 
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint: of each, what this rank holds, however many parts it was written in. No other rows
-    are read."""
+    """The tensors of a checkpoint. Of each, only the rows that this rank holds are read, however many shards it was
+    written in."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         paths = [folder / name for name in about.get("files", [TENSORS])]
@@ -102,7 +104,7 @@ class SavedTensors(Mapping[str, Tensor]):
                 self.where.setdefault(name, []).append(file)
 
     def shape(self, name: str) -> list[int]:
-        """Of the whole."""
+        """The shape of the whole tensor, over all shards."""
         shapes = [file.get_slice(name).get_shape() for file in self.where[name]]
         return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
 
@@ -131,7 +133,7 @@ class SavedTensors(Mapping[str, Tensor]):
 
 
 def kept(run: Path) -> list[Path]:
-    """All checkpoints, the newest first, whole or not."""
+    """All checkpoints of a run, whole or damaged, the newest first."""
     found = [path for path in (run / "checkpoints").glob("step-*")
              if OURS.fullmatch(path.name) and path.name[5:].isdigit()]
     return sorted(found, key=_step, reverse=True)
@@ -146,8 +148,8 @@ def newest(run: Path) -> Path | None:
 
 
 def open_whole(run: Path) -> tuple[Path, dict[str, Any], str] | None:
-    """The newest checkpoint that is as it was written, with its state, and what is wrong with newer ones. None if there
-    are none; without a whole one the run is refused. All ranks come to the same."""
+    """The newest undamaged checkpoint, its state, and what is wrong with newer ones. None if there are no checkpoints;
+    if all of them are damaged, the run is refused. All ranks get the same."""
     damaged: list[str] = []
     for name in dist.from_first(lambda: [path.name for path in kept(run)]):
         folder = run / "checkpoints" / name
@@ -162,7 +164,7 @@ def open_whole(run: Path) -> tuple[Path, dict[str, Any], str] | None:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, if anything is. The ranks share the reading."""
+    """What is wrong with a checkpoint; empty if nothing is. The files are divided among the ranks."""
     sums = dist.from_first(lambda: _sums(folder))
     if not sums:
         return f"{MANIFEST} is missing or damaged"
@@ -190,7 +192,7 @@ def _wrong(path: Path, checksum: str) -> str:
 
 
 def _odd(folder: Path, sums: Mapping[str, str]) -> str:
-    """What whole files can lack."""
+    """What can be wrong with a checkpoint whose files are all as they were written."""
     if STATE not in sums:
         return f"{MANIFEST} does not name {STATE}"
     state = read_state(folder)
@@ -219,7 +221,7 @@ def load_tensors(checkpoint: Path, policy: Policy, state: Mapping[str, Any]) -> 
 
 
 def _check_fit(checkpoint: Path, saved: SavedTensors, policy: Policy) -> None:
-    """Of the tensors to this run's: other settings make other ones."""
+    """Refuses a checkpoint whose tensors are not those of this run, as happens when settings were changed."""
     own = {name: t for name, t in policy.tensors().items() if name.startswith("group/")}
     counts = grads.rows(own)
     shapes = {name: [counts[name], *t.shape[1:]] if t.ndim else [] for name, t in own.items()}
@@ -241,7 +243,7 @@ def _check_fit(checkpoint: Path, saved: SavedTensors, policy: Policy) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """The global generators at the start of a run, so that equal seeds are equal runs whatever came before."""
+    """Seeds the global generators at the start of a run, so that equal seeds give equal runs whatever ran before."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -259,13 +261,14 @@ def set_generators(states: tuple[Any, ...]) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    """Of the global generators. BridgeLM draws from none of them; a user's reward function may."""
+    """The state of the global generators as JSON. BridgeLM draws from none of them; a user's reward function may."""
     name, keys, *rest = np.random.get_state()
     return {"python": list(random.getstate()), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
 def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
-    """The merged live model as a plain Hugging Face folder, swapped in as a whole. It stops where training stopped."""
+    """Writes the merged live model as a plain Hugging Face folder, which replaces an older one as a whole. Its
+    generation config names the end tokens that training used."""
     with policy.gathered("live") as model:
         if dist.first():
             _write_model(model, chat, folder)
@@ -279,7 +282,8 @@ def _write_model(model: Any, chat: Chat, folder: Path) -> None:
     settings.eos_token_id, settings.pad_token_id = sorted(chat.eos_ids), chat.pad_id
     try:
         settings.validate(strict=True)
-    except ValueError:  # as some models come: sampling settings without sampling, which transformers will not save
+    # Some models come with sampling settings but do_sample = false, which transformers will not save
+    except ValueError:
         settings.temperature = settings.top_p = settings.top_k = None
     model.save_pretrained(draft)
     chat.tokenizer.save_pretrained(draft)
@@ -302,7 +306,7 @@ def model_folder(run: Path, which: str) -> Path:
 
 
 def export(run_path: str | Path, out: str | Path, which: str = "final") -> Path:
-    """A plain merged model folder with tokenizer, chat template, generation config and a model card."""
+    """Copies a run's merged model, with tokenizer, chat template, generation config and a model card, to `out`."""
     run, out = Path(run_path), Path(out)
     if not (run / "config.json").exists():
         raise UserError(f"{run}: not a run folder (no config.json)")

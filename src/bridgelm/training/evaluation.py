@@ -1,5 +1,6 @@
-"""Accuracy: greedy pass@1, and by sampling avg@k and unbiased pass@k, with intervals, by difficulty, in and beyond
-the range of the training problems."""
+"""Accuracy on the validation and test sets: greedy pass@1, and avg@k and unbiased pass@k of sampled answers.
+
+All figures have intervals and are broken down by difficulty; the `hard` split lies beyond the range of training."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ SALT = 7_919  # keeps evaluation draws apart from rollout draws
 
 def measure(origin: Origin, engine: Engine, chat: Chat, grader: AnswerGrader, problems: Sequence[Problem],
             config: RunConfig, samples: int = 0) -> dict[str, Any]:
-    """One greedy answer a problem, and `samples` sampled ones. Grading errors are counted and left out; too many of
-    them are an error of their own."""
+    """Grades one greedy answer to each problem, and `samples` sampled ones. Answers that could not be graded are
+    counted and left out; too many of them stop the evaluation."""
     limit, stop = config.eval.max_new_tokens or config.rollout.max_new_tokens, tuple(config.rollout.stop)
     requests = [Request(chat.prompt_ids(p)) for p in problems]
     completions = engine.generate(origin, requests, Sampling(limit, 0.0, stop))
@@ -72,7 +73,7 @@ def _by_difficulty(problems: Sequence[Problem], right: dict[int, int]) -> dict[s
 
 
 def _by_length(tokens: Sequence[int], right: dict[int, int]) -> dict[str, list[float]]:
-    """By the length of the answer that was given, in powers of two: the key is the most that a cell holds."""
+    """Accuracy by answer length, in powers of two: the key is the greatest length in a cell."""
     cells: dict[int, list[int]] = {}
     for i, value in right.items():
         cells.setdefault(2 ** math.ceil(math.log2(max(8, tokens[i]))), []).append(value)
@@ -80,7 +81,8 @@ def _by_length(tokens: Sequence[int], right: dict[int, int]) -> dict[str, list[f
 
 
 def _sampled(grades: list[Grade], samples: int) -> dict[str, Any]:
-    """avg@k and unbiased pass@k. Failed grades are left out, and of pass@k problems with fewer than k others."""
+    """avg@k and unbiased pass@k. Answers that could not be graded are left out, and so are, from pass@k, problems with
+    fewer than k graded answers."""
     cells = [grades[i:i + samples] for i in range(0, len(grades), samples)]
     hits = [(sum(g.verdict is Verdict.CORRECT for g in cell), sum(g.verdict is not Verdict.ERROR for g in cell))
             for cell in cells]

@@ -1,4 +1,6 @@
-"""The loop: gather rows, take updates, look at the validation set, save. Everything is built from one RunConfig."""
+"""The training loop: gather rows, update the weights, validate, save checkpoints; at the end, test and write `final/`.
+
+Everything is built from one RunConfig. The learning rate of a step is `optim.lr` times the method's `rate`."""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from bridgelm.runs.reader import Run
 from bridgelm.training import checkpoint
 from bridgelm.training.ahead import ask_ahead, plain
 from bridgelm.training.evaluation import measure
-from bridgelm.training.probe import Probe
+from bridgelm.training.measurements import Measurements
 from bridgelm.training.signals import Interrupted, stoppable
 from bridgelm.training.watch import Watch
 from bridgelm.types import Metrics, Problem, Row
@@ -44,9 +46,9 @@ from bridgelm.verify.ranked import shared_verifier
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What a checkpoint of the last completed step says beside its tensors. The weights are still those of that step
-    while the next one waits for answers."""
+class Snapshot:
+    """All that a checkpoint of the last completed step holds besides tensors. While the next step waits for answers,
+    the weights are still those of the completed step, so it can be saved then."""
 
     step: int
     state: dict[str, Any]
@@ -71,9 +73,9 @@ class Session:
     said: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
     stop: bool = False
-    probe: Probe | None = None
-    due: list[str] = field(default_factory=lambda: ["look", "probe"])  # what follows the last step and is not yet done
-    mark: Mark | None = None  # what can be saved while the run waits for a server
+    measurements: Measurements | None = None
+    due: list[str] = field(default_factory=lambda: ["validate", "measure"])  # yet to do after the last step
+    snapshot: Snapshot | None = None  # lets the last step be saved while the next one waits for a server
     saved: tuple[int, list[str]] | None = None  # step and `due` of the newest checkpoint
 
     @property
@@ -93,18 +95,18 @@ def train(config: RunConfig, quiet: bool = False) -> Run:
     with dist.joined():
         if dist.restarted() and dist.from_first(lambda: _begun(config, path)):
             return resume(path, quiet)
-        dist.wait()  # nobody looks for the run folder any more
+        dist.wait()  # every rank has looked for the run folder before one makes it
         return _train(config, path, False, quiet)
 
 
 def _begun(config: RunConfig, path: Path) -> bool:
-    """Whether a run folder is what processes that died have left of this very run."""
+    """Whether the run folder was left by an earlier attempt at this very run, whose processes died."""
     return (path / "config.json").exists() and Run(path).config == clean(config.resolved())
 
 
 def resume(path: Path, quiet: bool = False, allow_change: Collection[str] = ()) -> Run:
-    """Goes on with a run folder from its newest whole checkpoint; a finished run is returned as it is. What the run is
-    made of must be what it was, but for what `allow_change` names (a key of `inputs.KEYS` each)."""
+    """Resumes a run from its newest undamaged checkpoint; a finished run is returned as it is. Configuration, data,
+    model and the rest of `inputs.KEYS` must be unchanged, except those that `allow_change` names."""
     inputs.check_keys(allow_change)
     with dist.joined():
         if dist.from_first(lambda: Run(path).status) == "finished":
@@ -134,7 +136,7 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool, allow_chan
                 if dist.first():
                     inputs.keep(folder, made_of, changed, session.step)
             except BaseException:
-                folder.discard()  # nothing was trained: the name stays free
+                folder.discard()  # nothing was trained, so the name stays free
                 raise
             try:
                 _run(session)
@@ -144,7 +146,7 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool, allow_chan
             finally:
                 session.roll.engine.close()
             folder.set_status("finished", verdicts=dict(grader.counts), **peak_device_memory())
-        dist.wait()  # until it says so to all
+        dist.wait()  # no rank reads the status before the first one has written it
     return Run(path)
 
 
@@ -159,7 +161,7 @@ def _open_folder(path: Path, config: RunConfig, resumed: bool) -> RunFolder:
 def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: Any, folder: RunFolder,
              display: Progress) -> Session:
     saved, state, damaged = _checkpoint(folder.path, config, display)
-    teacher = Teacher.of(config, chat)  # one of another tokenizer is refused before a model is loaded
+    teacher = Teacher.of(config, chat)  # a teacher with another tokenizer is refused before any model is loaded
     model = load_model(config.model)
     if config.rollout.engine == "native":
         check_cache(model)
@@ -190,8 +192,8 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
     if damaged:
         session.event("warning", text=damaged)
     if config.diagnose.every:
-        session.probe = Probe(session.roll, data.splits, method.starts(), folder.path, session.step,
-                              "probe" not in session.due)
+        session.measurements = Measurements(session.roll, data.splits, method.starts(), folder.path, session.step,
+                              "measure" not in session.due)
     folder.write_run_info(device=str(policy.device), threads=torch.get_num_threads(), parameters=ledger.parameters,
                           ranks=dist.world(), accelerator=_accelerator(policy.device))
     dist.wait()
@@ -199,8 +201,8 @@ def _session(config: RunConfig, data: Data, chat: Chat, method: Method, grader: 
 
 
 def _checkpoint(path: Path, config: RunConfig, display: Progress) -> tuple[Path | None, dict[str, Any] | None, str]:
-    """Where to go on from, and a warning if that is not the newest checkpoint. A run that had one does not begin
-    again without a word."""
+    """The checkpoint to resume from, its state, and a warning if it is not the newest. A run that had checkpoints never
+    silently starts from the beginning."""
     found = checkpoint.open_whole(path)
     reached, last = dist.from_first(lambda: (Run(path).steps, Run(path).info.get("checkpoint", 0)))
     if found is None:
@@ -208,7 +210,7 @@ def _checkpoint(path: Path, config: RunConfig, display: Progress) -> tuple[Path 
             raise UserError(f"{path}: its checkpoints are gone, but the run was at step {max(reached, last)}; put one "
                             f"back into {path}/checkpoints from a copy, or remove the run folder to train anew")
         if reached:
-            display.say(f"stopped at step {reached}, before its first checkpoint: the run begins again")
+            display.say(f"stopped at step {reached}, before its first checkpoint: the run starts from the beginning")
         return None, None, ""
     folder, state, damaged = found
     if state["step"] > config.steps:
@@ -222,7 +224,7 @@ def _checkpoint(path: Path, config: RunConfig, display: Progress) -> tuple[Path 
 
 def _changed(path: Path, config: RunConfig, made_of: dict[str, Any], allowed: Collection[str],
              display: Progress) -> dict[str, str]:
-    """What is allowed to differ from what the run was made of, in words."""
+    """What has changed since the run began and was allowed to, in words; any other change is refused."""
     changed = dist.from_first(lambda: inputs.compare(path, made_of, allowed))
     versions = dist.from_first(lambda: inputs.other_versions(path, made_of))
     if versions:
@@ -233,7 +235,7 @@ def _changed(path: Path, config: RunConfig, made_of: dict[str, Any], allowed: Co
 
 
 def _check_best(session: Session) -> None:
-    """The best weights lie beside the checkpoints, and may be newer than the one that the run goes on from, or gone."""
+    """Forgets the best weights if `best/` is gone, damaged, or newer than the checkpoint that the run resumes from."""
     if session.best and not _best_is_there(session):
         session.display.say(f"{session.path}/best is not the model of step {session.best['step']} (it is newer, "
                             "damaged or missing): the best weights are chosen anew from here on")
@@ -252,9 +254,9 @@ def _run(session: Session) -> None:
     with stoppable(session):
         try:
             _steps(session)
-            finish(session)
+            finish_run(session)
         except Lost as lost:
-            _keep(session)
+            _save_snapshot(session)
             if session.stop:
                 raise Interrupted(session.path) from None
             raise UserError(f"{lost}; go on with: bridgelm train --resume {session.path}") from None
@@ -262,18 +264,19 @@ def _run(session: Session) -> None:
 
 def _steps(session: Session) -> None:
     config = session.config
-    _follow(session)
+    _do_what_is_due(session)
     while session.step < config.steps:
         if config.rollout.server and session.step and session.step in session.method.starts():
-            _save_once(session)  # a new stage changes weights before it draws
-            session.mark = None
+            # A new stage changes the weights before it draws, so a snapshot of this step would be wrong.
+            _save_once(session)
+            session.snapshot = None
         started = time.perf_counter()
         step_metrics = take_step(session)
         session.policy.ledger.seconds += time.perf_counter() - started
-        look_now = session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0)
-        session.due = ["look", "probe"] if look_now else ["probe"]
+        validate_now = session.step == config.steps or (config.eval.every and session.step % config.eval.every == 0)
+        session.due = ["validate", "measure"] if validate_now else ["measure"]
         session.event("step", **step_metrics)
-        _follow(session)
+        _do_what_is_due(session)
         session.stop = dist.agree(session.stop)
         due = config.checkpoint_every and session.step % config.checkpoint_every == 0
         if session.stop or due:
@@ -283,35 +286,35 @@ def _steps(session: Session) -> None:
     _save_once(session)
 
 
-def _follow(session: Session) -> None:
-    """What is due after the last step."""
+def _do_what_is_due(session: Session) -> None:
+    """Validates and measures, if that is due after the last step and was not done before an interruption."""
     while session.due:
-        _mark(session)
-        {"look": look, "probe": probe}[session.due[0]](session)
+        _take_snapshot(session)
+        {"validate": validate, "measure": take_measurements}[session.due[0]](session)
         del session.due[0]
-    _mark(session)
+    _take_snapshot(session)
 
 
-def _mark(session: Session) -> None:
+def _take_snapshot(session: Session) -> None:
     if session.config.rollout.server:
-        session.mark = Mark(session.step, plain(_state(session)), session.roll.pending, checkpoint.generators())
+        session.snapshot = Snapshot(session.step, plain(_state(session)), session.roll.pending, checkpoint.generators())
 
 
-def _keep(session: Session) -> None:
-    """A checkpoint of the last completed step, though another one is under way, which waited for a server in vain."""
-    session.stop, mark = dist.agree(session.stop), session.mark
-    if mark is None or not mark.step or session.saved == (mark.step, mark.state["due"]):
-        return  # what there is to go on with lies on disk
+def _save_snapshot(session: Session) -> None:
+    """Saves a checkpoint of the last completed step when the step under way lost the server that it waited for."""
+    session.stop, snapshot = dist.agree(session.stop), session.snapshot
+    if snapshot is None or not snapshot.step or session.saved == (snapshot.step, snapshot.state["due"]):
+        return  # that step is on disk already
     try:
-        ahead = mark.pending.state() if mark.pending else None
+        ahead = snapshot.pending.state() if snapshot.pending else None
     except Lost:
-        ahead = None  # the step will draw for itself
-    checkpoint.set_generators(mark.generators)  # a reward function may have drawn from them since
-    _write(session, mark.step, {**mark.state, "ahead": ahead})
+        ahead = None  # the next step will ask for its answers itself
+    checkpoint.set_generators(snapshot.generators)  # a reward function may have drawn from them in the meantime
+    _write(session, snapshot.step, {**snapshot.state, "ahead": ahead})
 
 
 def take_step(session: Session) -> Metrics | dict[str, Any]:
-    """One step: rows once, then one update or several on them."""
+    """One training step: gathers rows once, then takes `rollout.updates` updates on them."""
     method, policy, roll, config = session.method, session.policy, session.roll, session.config
     roll.begin(session.step)
     clock = time.perf_counter()
@@ -357,11 +360,11 @@ def _warn(session: Session, texts: list[str]) -> None:
             session.event("warning", text=text)
 
 
-def look(session: Session) -> None:
-    """Accuracy on the validation set; the best weights so far are kept."""
+def validate(session: Session) -> None:
+    """Measures accuracy on the validation set, and keeps the weights in `best/` if they are the best so far."""
     session.display.state("validating")
     problems = session.data.splits.validation[:session.config.eval.problems]
-    found = _measure(session, problems, 0)
+    found = _evaluate(session, problems, 0)
     found.pop("correct")
     session.event("eval", split="validation", **found)
     if session.step and found["accuracy"] > session.best.get("accuracy", -1.0):
@@ -371,13 +374,13 @@ def look(session: Session) -> None:
                         "weights": dist.from_first(lambda: checkpoint.weights_of(folder))}
 
 
-def probe(session: Session) -> None:
-    if session.probe and session.probe.due(session.step):
+def take_measurements(session: Session) -> None:
+    if session.measurements and session.measurements.due(session.step):
         session.display.state("probing")
-        session.event("probe", phase=session.method.phase, **session.probe.take(session.step))
+        session.event("probe", phase=session.method.phase, **session.measurements.take(session.step))
 
 
-def _measure(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
+def _evaluate(session: Session, problems: tuple[Problem, ...], samples: int, model: Any = None) -> dict[str, Any]:
     with session.policy.origin("live") as live:
         return measure(live if model is None else Origin(model), session.roll.engine, session.chat,
                        session.roll.grader, problems, session.config, samples)
@@ -405,11 +408,11 @@ def _save_once(session: Session) -> None:
         save(session)
 
 
-def finish(session: Session) -> None:
-    """The final and the best weights, both measured on the test set."""
+def finish_run(session: Session) -> None:
+    """Saves the final weights, and measures the final and the best weights on the test set."""
     session.display.state("testing")
     validation = session.data.splits.validation[:session.config.eval.problems]
-    found = session.method.deploy(session.policy, lambda: _measure(session, validation, 0)["accuracy"])
+    found = session.method.deploy(session.policy, lambda: _evaluate(session, validation, 0)["accuracy"])
     if found:
         session.event("deploy", **found)
     for name, rows in session.method.tables().items():
@@ -429,8 +432,8 @@ def finish(session: Session) -> None:
 
 def _test(session: Session, model: Any = None) -> dict[str, Any]:
     splits, samples = session.data.splits, session.config.eval.samples
-    found = _measure(session, splits.test, samples, model)
+    found = _evaluate(session, splits.test, samples, model)
     if splits.hard:
-        hard = _measure(session, splits.hard, samples, model)
+        hard = _evaluate(session, splits.hard, samples, model)
         found["hard"] = {key: value for key, value in hard.items() if key != "correct"}
     return found

@@ -1,7 +1,8 @@
-"""`bridgelm merge`: the weights of two models in one, (1 - weight) A + weight B, as a plain Hugging Face folder.
+"""`bridgelm merge`: averages the weights of two models, (1 - weight) A + weight B, into a plain Hugging Face folder.
 
-The cheap arm of the synergy study (arXiv 2507.07562); and, of a start and what SFT made of it, the repair of SFT that
-went too far (arXiv 2606.09932: half and half). No training, and no model is opened: file by file, in float64.
+Merging a run of SFT with one of RL is the merging arm of the synergy study (arXiv 2507.07562). Merging half and half
+the model before and after SFT undoes some of an SFT that went too far (arXiv 2606.09932). Nothing is trained and no
+model is opened: tensors are read from their files one by one and averaged in float64.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from bridgelm.runs.folder import read_json, write_json
 from bridgelm.training.checkpoint import model_folder
 
 RECORD = "merged.json"
-# Of a model's config.json: what says how it was saved, and not what it computes.
+# Keys of config.json that say how a model was saved, not what it computes.
 SAVING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache", "eos_token_id",
           "pad_token_id", "bos_token_id"}
 
 
 def merge(one: str | Path, other: str | Path, out: str | Path, weight: float = 0.5, which: str = "final") -> Path:
-    """Writes (1 - weight) `one` + weight `other`, both runs (`which`: final or best) or model folders. The folder has
-    the files of `one` beside the weights, and a record of what it was made of."""
+    """Writes (1 - weight) `one` + weight `other`; each is a run (`which`: final or best) or a model folder. All files
+    but the weights are copied from `one`, and `merged.json` records what was merged."""
     if not 0 <= weight <= 1:
         raise UserError(f"merge: weight = {weight:g} is not between 0 and 1; 0 is the first model and 1 the second")
     out = Path(out)
@@ -49,7 +50,7 @@ def merge(one: str | Path, other: str | Path, out: str | Path, weight: float = 0
                   for found in files]
         _same_shapes(files, opened, folders)
         out.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, which goes again whatever happens: nobody else's is ever in the way.
+        # The draft has a temporary folder of its own, which is removed whatever happens.
         draft = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}-draft", dir=out.parent))) / "model"
         shutil.copytree(folders[0], draft, ignore=shutil.ignore_patterns("*.safetensors", "README.md", RECORD))
         dtypes: set[torch.dtype] = set()
@@ -74,7 +75,8 @@ def _is_free(out: Path) -> None:
 
 def _mixed(name: str, files: tuple[dict[str, Path], dict[str, Path]], opened: list[dict[str, Any]],
            weight: float) -> Tensor:
-    """Exact at either end; in between rounded once, to the wider type of the two."""
+    """One merged tensor. Weights 0 and 1 copy exactly; between them it is rounded once, to the wider of the two
+    dtypes."""
     a, b = (where[str(found[name])].get_tensor(name) for found, where in zip(files, opened, strict=True))
     for found, t in zip(files, (a, b), strict=True):
         check_finite([(name, t)], f"merge: {found[name]}")
@@ -87,7 +89,7 @@ def _mixed(name: str, files: tuple[dict[str, Path], dict[str, Path]], opened: li
 
 
 def _folder(source: str, which: str) -> Path:
-    """Of a run or a model: where its weights lie."""
+    """The folder that holds the weights of a run or a model."""
     path = Path(model_path(source))
     if (path / "run.json").exists():
         return model_folder(path, which)
@@ -99,7 +101,7 @@ def _folder(source: str, which: str) -> Path:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name of each tensor -> the file that holds it."""
+    """Maps the name of each tensor to the file that holds it."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as handle:
@@ -108,7 +110,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _same_architecture(one: Path, other: Path) -> None:
-    from transformers import AutoConfig  # reads the forms of all its versions alike
+    from transformers import AutoConfig  # AutoConfig brings config.json of older versions into one form
 
     first, second = (AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict() for folder in (one, other))
     for key in sorted({*first, *second} - SAVING):
@@ -137,7 +139,7 @@ def _same_shapes(files: tuple[dict[str, Path], dict[str, Path]], opened: list[di
 
 
 def _settle(draft: Path, dtypes: set[torch.dtype]) -> None:
-    """config.json and the index say what the weights are now."""
+    """Updates config.json and the index to the merged weights."""
     config = read_json(draft / "config.json") or {}
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if len(dtypes) == 1:
@@ -167,7 +169,7 @@ def _record(draft: Path, name: str, sources: tuple[str, str], folders: list[Path
 
 
 def _origin(folder: Path) -> Mapping[str, Any]:
-    """What a run's configuration says of its model, or an older record of what a model was merged from."""
+    """The configuration of the run that a model is from, or the record of an earlier merge."""
     run = folder.parent / "config.json"
     if (folder.parent / "run.json").exists() and run.exists():
         config = read_json(run) or {}

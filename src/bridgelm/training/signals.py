@@ -1,4 +1,4 @@
-"""How a run is stopped from outside."""
+"""Ctrl-C and SIGTERM: the first lets the step end, saves and stops; the second stops at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Stoppable(Protocol):
 
 @contextmanager
 def stoppable(session: Stoppable) -> Iterator[None]:
-    """Ctrl-C (or SIGTERM) lets the step end, saves and stops; a second one stops at once, at the last checkpoint."""
+    """Ctrl-C (or SIGTERM) lets the step end, saves and stops; a second one stops at once, and a resumed run goes on
+    from the last checkpoint."""
     def handler(number: int, frame: Any) -> None:
         if session.stop:
             raise Interrupted(session.path)
@@ -38,7 +39,7 @@ def stoppable(session: Stoppable) -> Iterator[None]:
 
     try:
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # only the main thread may handle signals
         before = {}
     try:
         yield

@@ -1,16 +1,16 @@
-"""Measurements along a run for `bridgelm diagnose`: how well the demonstrations are still fitted, what reward is
-reached, whether the two gradients agree, how far the weights have gone. Method-blind, and no weight moves by it:
-everything is measured on samples of its own, drawn by seeds of its own, with a ledger of its own.
+"""Measurements along a run for `bridgelm diagnose`: fit of the demonstrations, reward, agreement of gradients, drift.
 
-    demo_ce                mean NLL a token of a fixed draw of demonstrations
-    reward, correct, ...   of fresh answers to the first validation problems, always drawn with the same random numbers
-    cosine                 of g_SFT and g_RL, the two losses' gradients in theta on these samples
-    square_sft, square_rl  their squared norms without the noise: 4 <g(A), g(B)> over two halves that share nothing
-    kl_start               KL(live || start) a token, the k3 estimate on the fresh answers
+They are the same for every method and leave the run unchanged: their samples, seeds and ledger are their own.
+
+    demo_ce                mean NLL per token of a fixed sample of demonstrations
+    reward, correct, ...   of fresh answers to the first validation problems, drawn with the same random numbers always
+    cosine                 between g_SFT and g_RL, the gradients of the two losses in theta on these samples
+    square_sft, square_rl  their squared norms without the noise: 4 <g(A), g(B)> over two disjoint halves
+    kl_start               KL(live || start) per token, the k3 estimate on the fresh answers
     distance               |live - start|, and |live - start| / |start|
 
-`start` is the run's start or, from there on, the start of the stage under way; those later starts are kept in the run
-folder as models (`starts/`).
+`start` is the start of the current stage, which for the first stage is the start of the run. The models at the starts
+of later stages are kept in the run folder (`starts/`).
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from bridgelm.rollout.roller import Roller, summary
 from bridgelm.training.checkpoint import generators, save_model, set_generators
 from bridgelm.types import Demo, Live, Metrics, Micro, Problem, Row
 
-SALT = 15_485_863  # in the place of a step: keeps a probe's draws apart from those of training
+SALT = 15_485_863  # takes the place of the step in the seeds, so that these draws differ from those of training
 Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What every probe of a run is taken on, whatever the seed: demonstrations, and problems to answer."""
+    """What is measured on each time, whatever the seed of the run: demonstrations, and problems to answer."""
 
     demos: Sequence[tuple[Problem, Demo]]
     problems: Sequence[Problem]
-    held: bool  # whether the demonstrations are of validation problems, and so not trained on
+    held: bool  # whether the demonstrations are held out: of validation problems, and so not trained on
 
 
 def draw_sample(splits: Splits, config: RunConfig) -> Sample:
-    """Demonstrations of validation problems if these carry enough of them, else some that are trained on."""
+    """Takes demonstrations of validation problems if there are enough of them, else some that are trained on."""
     size = config.diagnose.demos
     apart = [(p, d) for p in splits.validation for d in p.demos]
     trained = [(p, d) for p in splits.demos or splits.train for d in p.demos]
@@ -63,12 +63,12 @@ def draw_sample(splits: Splits, config: RunConfig) -> Sample:
     return Sample([pool[i] for i in order], splits.validation[:config.diagnose.problems], pool is apart)
 
 
-class Probe:
+class Measurements:
     """Takes the measurements of one run. `start` holds the weights that drift is measured from."""
 
     def __init__(self, roll: Roller, splits: Splits, starts: Sequence[int], folder: Path, step: int,
                  taken: bool = True) -> None:
-        """`taken`: whether the probe after `step` lies behind."""
+        """`taken`: whether the measurements after `step` were taken before the run was interrupted."""
         self.policy, self.config, self.starts, self.folder = roll.policy, roll.config, starts, folder
         self.roll = Roller(roll.policy, roll.engine, roll.chat, roll.grader, roll.config, early=roll.early)
         self.sample = draw_sample(splits, roll.config)
@@ -83,7 +83,8 @@ class Probe:
         return step % self.config.diagnose.every == 0 or step in self.starts or step == self.config.steps
 
     def take(self, step: int) -> dict[str, Any]:
-        """One probe after `step` updates. Where a stage ends, drift is from its own start; then the next begins."""
+        """Measures after `step` updates. At the end of a stage drift is measured from that stage's start; only then
+        does the next stage begin."""
         clock = time.perf_counter()
         with _unnoticed(self.policy) as spent:
             if not self.start:
@@ -99,7 +100,7 @@ class Probe:
     def _begin(self, step: int) -> None:
         self.start_step = step
         self.start = {name: weight.clone() for name, weight in self.policy.weights("live").items()}
-        if step:  # the run's own start can be opened again
+        if step:  # the start of the run need not be saved: it is the model that was loaded
             start_folder(self.folder, step).parent.mkdir(exist_ok=True)
             save_model(self.policy, self.roll.chat, start_folder(self.folder, step))
 
@@ -110,7 +111,8 @@ def start_folder(run: Path, step: int) -> Path:
 
 @contextmanager
 def _unnoticed(policy: Policy) -> Iterator[Ledger]:
-    """Lends the policy another ledger, and puts the global random states back: a reward function may draw from them."""
+    """Lends the policy another ledger, and restores the global random state, since a reward function may draw from
+    it."""
     before = generators()
     own, policy.ledger = policy.ledger, Ledger(policy.ledger.parameters)
     try:
@@ -137,8 +139,8 @@ def measure(policy: Policy, roll: Roller, sample: Sample, group: int, start: Wei
 
 
 def gradient(policy: Policy, rows: list[Row], name: str) -> tuple[Gradient, float, float]:
-    """Of one term in theta, as the sum of two halves; its squared norm without noise; the loss. Fresh answers are on
-    policy, so the weight times log pi has the gradient of the RL loss too."""
+    """The gradient of one term in theta, summed over two halves; its squared norm without noise; the loss. Fresh
+    answers are on-policy, so weight times log pi has the gradient of the RL loss as well."""
     def terms(batch: Micro, live: Live) -> dict[str, Tensor]:
         return {key: losses.nll(live.logp_BT, weight) for key, weight in batch.weight.items()}
 
@@ -158,7 +160,8 @@ def kl_from(policy: Policy, rows: list[Row], start: Weights) -> float:
 
 
 def distance(policy: Policy, start: Weights) -> tuple[float, float]:
-    """In the model's own dtype: what is sampled from, and what a folder of it holds."""
+    """How far the live weights are from `start`: absolute, and relative to the norm of `start`. Both are taken in the
+    model's dtype, in which answers are sampled and models are saved."""
     moved = size = 0.0
     for name, weight in policy.weights("live").items():
         moved += float((weight.double() - start[name].double()).square().sum())
