@@ -282,8 +282,7 @@ def _write_model(model: Any, chat: Chat, folder: Path) -> None:
     settings.eos_token_id, settings.pad_token_id = sorted(chat.eos_ids), chat.pad_id
     try:
         settings.validate(strict=True)
-    # Some models come with sampling settings but do_sample = false, which transformers will not save
-    except ValueError:
+    except ValueError:  # some models have sampling settings but do_sample = false, which transformers will not save
         settings.temperature = settings.top_p = settings.top_k = None
     model.save_pretrained(draft)
     chat.tokenizer.save_pretrained(draft)

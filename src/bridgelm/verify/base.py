@@ -22,7 +22,7 @@ from bridgelm.verify.grading import Task, build_judge
 
 
 class Verifier(Protocol):
-    """Grades each text as an answer to the problem at its side. Works from any thread; close it, or use `with`.
+    """Grades each text as an answer to the problem at its side. It works from any thread; close it, or use `with`.
 
     `counts` are totals by kind (graded, correct, wrong, error, exhausted, ...); `last_error` describes a fault."""
 
@@ -39,7 +39,7 @@ class Verifier(Protocol):
 
 
 class Judge(Protocol):
-    """A grader of answers alone: no rewards."""
+    """Says which answers are correct, without reward functions."""
 
     @property
     def counts(self) -> Counter[str]: ...
@@ -48,7 +48,8 @@ class Judge(Protocol):
 
 
 def build_verifier(reward: RewardConfig) -> Verifier:
-    """Workers start with the first answer; a function that cannot be loaded is a UserError now."""
+    """Loads the reward functions now, so that one that cannot be loaded is a UserError at once; worker processes start
+    with the first answer."""
     functions = [load_function(spec) for spec in reward.functions]
     return Combined(build_grader(reward), functions, reward.weights or [1.0] * len(functions))
 
@@ -66,7 +67,7 @@ def build_grader(reward: RewardConfig) -> Judge | None:
 
 
 class Combined:
-    """The Verifier of every run."""
+    """The Verifier of every run: combines the grader with the reward functions."""
 
     def __init__(self, judge: Judge | None, functions: Sequence[RewardFunction], weights: Sequence[float]):
         self._judge, self._functions, self._weights = judge, functions, weights
@@ -123,7 +124,7 @@ class Combined:
 
     @property
     def early(self) -> Early | None:
-        """Judges answers into the cache, where judging is slow enough to be worth it: see early.py."""
+        """What judges an answer ahead of its batch (early.py); None where judging is fast anyway."""
         return getattr(self._judge, "remember", None)
 
     def close(self) -> None:

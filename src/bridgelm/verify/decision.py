@@ -1,4 +1,4 @@
-"""What a grader says about one completion, and why."""
+"""The record that a grader returns for one completion: verdict, extracted answer, and the rules that led to it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Judges finished answers in a thread while others are still being written. What is judged is in the judge's cache, so
-that grading the whole batch afterwards, in order and with everything that depends on the batch, finds it done."""
+"""Judges finished answers in a thread while other answers are still being generated.
+
+The results go into the judge's cache. The whole batch is graded afterwards, in order and with everything that depends
+on the batch, and finds them there."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Early:
         self._stop = False
 
     def add(self, problem: Problem, text: Callable[[], str]) -> None:
-        """`text` is made in the thread."""
+        """Queues an answer; `text` is called in the thread, so that decoding it costs the caller nothing."""
         self._waiting.put((problem, text))
 
     def __enter__(self) -> Early:
@@ -30,7 +32,7 @@ class Early:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Waits for what is being judged now; the rest is left to the whole batch."""
+        """Waits for the answer that is being judged now; those still queued are left to the grading of the batch."""
         self._stop = True
         self._waiting.put(None)
         self._thread.join()
@@ -42,5 +44,5 @@ class Early:
                 while (another := self._waiting.get_nowait()) is not None:
                     batch.append(another)
                 self._stop = True
-            with suppress(UserError):  # the whole batch will meet it too
+            with suppress(UserError):  # grading the batch will raise it again
                 self._judge([problem for problem, _ in batch], [text() for _, text in batch])

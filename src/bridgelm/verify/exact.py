@@ -1,4 +1,4 @@
-"""Equality of normalised strings, and regular expressions: for answers that are words, letters or codes."""
+"""The `exact` and `regex` verifiers, for answers that are words, letters or codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridgelm.verify.pool import Pool
 
 
 def normalise(text: str) -> str:
-    """Unicode form, case, white space, surrounding $ and the closing full stop do not count."""
+    """The text without what does not count: Unicode form, case, white space, surrounding $, and a closing full stop."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.strip("$* ").rstrip(". ")
 
@@ -23,8 +23,8 @@ FINDERS = {"tags": tagged, "boxed": boxed, "hashes": hashes, "phrase": anchored,
 
 
 def prediction(text: str) -> tuple[str | None, str]:
-    """What <answer> tags hold, else the last box, else what stands behind ####, else what follows "the answer is",
-    else the last line."""
+    """The answer and the rule that found it: the content of <answer> tags, else the last box, else what stands behind
+    ####, else what follows "the answer is", else the last line."""
     text = outside_think(text)
     for how, find in FINDERS.items():
         if (found := find(text)) is not None:
@@ -33,7 +33,7 @@ def prediction(text: str) -> tuple[str | None, str]:
 
 
 class ExactJudge:
-    """The gold and the answer are the same words."""
+    """The answer is correct if it equals the gold after normalisation."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -56,14 +56,14 @@ class ExactJudge:
 
 
 def matches(task: dict[str, str], gold_is_good: Callable[[], None]) -> bool:
-    """Run in a worker: an expression that backtracks for ever ends at the limit."""
+    """Runs in a worker process, so that an expression that backtracks for ever is ended at the time limit."""
     pattern = re.compile(task["gold"])
     gold_is_good()
     return pattern.fullmatch(task["prediction"].strip()) is not None
 
 
 class RegexJudge:
-    """The gold is a regular expression, and matches the whole answer."""
+    """The gold is a regular expression, and an answer is correct if all of it matches."""
 
     def __init__(self, cpu_seconds: float = 1.0, workers: int | None = None):
         self._pool = Pool("bridgelm.verify.exact:matches", cpu_seconds, size=workers)

@@ -1,6 +1,7 @@
-"""Where in a completion the answer is. Strings only, linear in their length: hostile texts must not hang it.
+"""Finds the answer in a completion: in <answer> tags, \\boxed{}, behind ####, after "the answer is", or at the end.
 
-A task says which rules may find it, in the order in which they are tried; a result says which one did.
+A task says which rules are tried, and in which order; the result says which rule found the answer. All rules work on
+strings in linear time, so that no hostile text can hang them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of
 VERB = re.compile(r"(?<![a-zA-Z])(?:is|are|equals|be|was|becomes|gives)(?![a-zA-Z])\s*:?\s*|:\s+")
 WORD = re.compile(r"(?<![\\a-zA-Z_])[a-zA-Z][a-zA-Z'’-]+")
 TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|operatorname|begin|end)[a-z]*\s*\{[^{}]*\}")
-# Words of an answer that is all formula, and words that no answer has.
+# Words that occur in answers that are formulas, and words that occur in prose only.
 OF_FORMULAS = {
     "and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "sqrt", "pi", "infinity",
     "infty", "theta", "alpha", "beta", "gamma", "lambda", "mod", "gcd", "lcm", "max", "min", "det", "arcsin",
@@ -53,7 +54,8 @@ NEAR, BOXES = 45, 60
 
 
 def find(text: str, rules: Sequence[Rule] = RULES, cut: bool = True) -> tuple[str | None, str]:
-    """The answer and the rule that found it. `cut`: whether a box that the text's end cuts off is no answer."""
+    """The answer and the rule that found it. `cut`: whether a box that the end of the text cuts off counts as no
+    answer."""
     text = SPECIAL.sub("\n", BOX_TOKENS.sub(lambda m: f"<answer>{m.group(1)}</answer>", outside_think(text)))
     for rule in rules:
         if (found := FINDERS[rule](text, cut)) is not None:
@@ -81,7 +83,7 @@ def outside_think(text: str) -> str:
 
 
 def tagged(text: str) -> str | None:
-    """What the last <answer> holds; a box in it counts alone."""
+    """The content of the last <answer>; if there is a box in it, the content of the box."""
     found = _last(TAGS, text)
     if found is None:
         return None
@@ -103,7 +105,7 @@ def boxes(text: str, cut: bool = True) -> str | None:
     taken = [found[-1]]
     for before in reversed(found[:-1]):
         between = text[before[1] : taken[0][0]]
-        if before[1] > taken[0][0]:  # the outer of two nested ones
+        if before[1] > taken[0][0]:  # this box encloses the one after it, which counts in its place
             continue
         if len(between) > NEAR or len(taken) == BOXES:
             break
@@ -116,7 +118,7 @@ def boxes(text: str, cut: bool = True) -> str | None:
 
 
 def _boxes(text: str, cut: bool) -> list[tuple[int, int, str]]:
-    """Start, end and content of each box, innermost of nested ones."""
+    """Start, end and content of each box; a box that holds nothing but another box is left out."""
     starts = list(BOX.finditer(text))
     if not starts:
         return []
@@ -127,7 +129,8 @@ def _boxes(text: str, cut: bool) -> list[tuple[int, int, str]]:
         if at in closing:
             if not BOX.match(text, at + 1) or closing.get(BOX.match(text, at + 1).end()) != closing[at] - 1:  # pyright: ignore
                 found.append((start.start(), closing[at] + 1, text[at + 1 : closing[at]].strip()))
-        elif text.startswith("{", at):  # never closed: only what a line or a delimiter ends is whole
+        # Never closed: its content counts as whole only if a line end or a delimiter ends it.
+        elif text.startswith("{", at):
             rest = text[at + 1 : at + 400]
             end = re.search(r"\$|\\\)|\\\]|\n", rest)
             if end or not cut:
@@ -138,13 +141,13 @@ def _boxes(text: str, cut: bool) -> list[tuple[int, int, str]]:
 
 
 def balanced(text: str) -> bool:
-    """Whether every brace of an answer has its partner: a text cut within its box has not."""
+    """Whether every brace of an answer has its partner, which is not so in a text that was cut off within its box."""
     kinds = [found.group() for found in BRACE.finditer(text)]
     return kinds.count("{") == kinds.count("}") == len(_closing_braces(text))
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where each opening brace is closed, in one pass."""
+    """Maps each opening brace to the place where it is closed, in one pass."""
     opened: list[int] = []
     closing: dict[int, int] = {}
     for found in BRACE.finditer(text):
@@ -169,7 +172,7 @@ def anchored(text: str) -> str | None:
 
 
 def hashes(text: str) -> str | None:
-    """What stands behind #### in the last line. In other lines it is a heading."""
+    """What stands behind #### in the last line; in any other line, #### starts a heading."""
     text = text.rstrip()
     found = HASHES.match(text, text.rfind("\n") + 1)
     return answer_of(found.group(1).strip()) if found else None
@@ -182,7 +185,8 @@ def phrase(text: str) -> str | None:
 
 
 def answer_of(sentence: str) -> str:
-    """A sentence is its answer if it is all formula; else what stands after its last verb; else its last expression."""
+    """The answer in a sentence: all of it if it is a formula, else what stands after its last verb, else its last
+    expression."""
     if not is_prose(sentence):
         return sentence
     if (verb := _last(VERB, sentence)) is not None:
@@ -193,8 +197,8 @@ def answer_of(sentence: str) -> str:
 
 
 def last_run(sentence: str) -> str | None:
-    """The last expression, with those before it that only separators part from it: "$3$ or $5$" is an answer of two
-    values and not a free choice."""
+    """The last expression, together with those before it that are set off by separators only: "$3$ or $5$" is one
+    answer of two values."""
     found = list(MATHS.finditer(sentence))[-40:]
     if not found:
         return None
@@ -216,7 +220,7 @@ def bare(text: str) -> str | None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether it talks about an answer rather than being one."""
+    """Whether the text talks about an answer instead of being one."""
     outside = TEXT.sub(" ", DELIMITED.sub(" 0 ", text))
     words = [word.lower() for word in WORD.findall(outside)]
     if any(word in OF_PROSE for word in words) and len(words) > 1:
@@ -229,7 +233,7 @@ def is_prose(text: str) -> bool:
 
 
 def last(text: str) -> str | None:
-    """The answer of the last line that has any mathematics in it."""
+    """The answer in the last line that has any mathematics in it."""
     for line in reversed(text.strip().splitlines()[-40:]):
         parts = [part for part in SENTENCE_END.split(line[-4000:]) if part and part.strip()]
         for part in reversed(parts):

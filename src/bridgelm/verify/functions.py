@@ -1,7 +1,7 @@
 """The user's reward functions: `file.py:name` with TRL's signature `f(prompts, completions, **columns)`.
 
-They are users' code in our process: what they raise, sys.exit() included, is a fault of theirs, what they print goes to
-standard error, and what they change of their arguments are copies.
+They are users' code in our process. Whatever they raise, sys.exit() included, is counted as a fault; what they print
+goes to standard error; and they get copies of their arguments, so that they can change nothing of ours.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 from bridgelm.errors import UserError
 from bridgelm.types import Problem
 
-_NUMBERS = itertools.count()  # two files may have the same stem
-SHORT = 80  # characters of what a message quotes
+_NUMBERS = itertools.count()  # numbers the modules, as two files may have the same stem
+SHORT = 80  # characters that an error message quotes
 
 
 class WrongReturn(Exception):
-    """What a function returned is no list of rewards."""
+    """A function returned something other than a list of rewards."""
 
 
 class RewardFunction:
-    """Calls the function as TRL would. Whatever it raises is a fault of the whole call: nan for every completion. A
-    reward that is no finite number is a fault of its completion alone."""
+    """Calls the function as TRL would. If it raises, the whole call is at fault, and every completion scores nan. If
+    one reward is not a finite number, only its completion is at fault."""
 
     def __init__(self, function: Callable[..., Any], name: str):
         self._function, self._name = function, name
@@ -50,7 +50,7 @@ class RewardFunction:
         arguments = self._arguments(problems, texts)
         try:
             with interrupts() as pressed, contextlib.redirect_stdout(Prints(sys.stdout, self.place)):  # type: ignore[type-var]
-                scores = listed(self._function(**arguments), len(texts))  # which runs it, if it is a generator
+                scores = listed(self._function(**arguments), len(texts))  # which also runs it, if it is a generator
                 return [self._number(score, problem, text)
                         for score, problem, text in zip(scores, problems, texts, strict=True)]
         except WrongReturn as error:
@@ -59,10 +59,11 @@ class RewardFunction:
             place = self._where(error)
             fault = f"it called sys.exit({error.code!r}), and can only return rewards: raise an error instead"
         except KeyboardInterrupt as error:
-            if pressed() or type(error) is not KeyboardInterrupt:  # ours says which run was stopped
+            if pressed() or type(error) is not KeyboardInterrupt:  # Ctrl-C must still stop the run
                 raise
             place, fault = self._where(error), "it raised KeyboardInterrupt, and nobody pressed Ctrl-C"
-        except BaseException as error:  # user code may raise anything; the run counts it and stops above a set rate
+        # Users' code may raise anything; the run counts faults, and stops if there are too many.
+        except BaseException as error:
             place, fault = self._where(error), f"{type(error).__name__}: {error}"
         more = f", the first of the {len(texts)} of its call" if len(texts) > 1 else ""
         self.last_error = f"{place}: {fault} ({said(problems[0], texts[0])}{more})"
@@ -86,12 +87,12 @@ class RewardFunction:
         return f"reward function {self._name.rpartition(':')[2]} ({self._file}{at})"
 
     def _where(self, error: BaseException) -> str:
-        """The function, at the last line of its own file that was run."""
+        """The name of the function, with the last line of its own file that ran before the error."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._file]
         return self._at(lines[-1]) if lines else self.place
 
     def _arguments(self, problems: Sequence[Problem], texts: Sequence[str]) -> dict[str, list[Any]]:
-        """Copies of its own for each call and completion: what it changes is seen by nobody else."""
+        """The arguments of a call, copied, so that nothing else sees what the function changes in them."""
         columns = {name: [p.columns.get(name) for p in problems] for name in _names(problems)}
         columns["answer"] = [p.answer for p in problems]
         columns.setdefault("difficulty", [p.difficulty for p in problems])
@@ -103,7 +104,7 @@ class RewardFunction:
 
 
 def listed(scores: Any, count: int) -> list[Any]:
-    """The rewards that a function returned, in order: texts and tables are none."""
+    """The rewards that a function returned, as a list. A text or a mapping is no list of rewards."""
     if isinstance(scores, str | bytes | Mapping | Set) or not hasattr(scores, "__iter__"):
         if inspect.iscoroutine(scores):
             scores.close()
@@ -127,7 +128,7 @@ def said(problem: Problem, text: str) -> str:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed within. Signals come to the main thread alone."""
+    """Tells whether Ctrl-C was pressed in the block. Only the main thread can know, as signals go there."""
     before = signal.getsignal(signal.SIGINT)
     pressed: list[int] = []
     if threading.current_thread() is not threading.main_thread() or not callable(before):
@@ -146,8 +147,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 class Prints:
-    """Standard output while a function runs. What its thread prints goes to standard error, so that results and the
-    display stay whole; what others print (the display does, now and then) goes its way."""
+    """Replaces standard output while a function runs. What the function's thread prints goes to standard error, so that
+    it does not garble results and the progress display; what other threads print goes to standard output as usual."""
 
     def __init__(self, stdout: Any, place: str) -> None:
         self._stdout, self._place, self._thread = stdout, place, threading.get_ident()
@@ -164,11 +165,11 @@ class Prints:
         return getattr(self._stdout, name)
 
 
-_PRINTING: set[str] = set()  # functions that were said to print
+_PRINTING: set[str] = set()  # functions whose user was told once that they print
 
 
 def _names(problems: Sequence[Problem]) -> list[str]:
-    """The columns of all rows: they need not all have the same."""
+    """The columns of all rows together, as rows need not all have the same columns."""
     return list(dict.fromkeys(name for problem in problems for name in problem.columns))
 
 

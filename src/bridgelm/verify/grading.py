@@ -1,4 +1,4 @@
-"""Grading outside a run: pairs of gold and prediction, each with a task of its own if it has one."""
+"""Grading outside a run (`bridgelm grade`): pairs of gold answer and prediction, each optionally with its own task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Task:
     tolerance: float = 0.0
 
     def changed(self, given: Any) -> Task:
-        """By a line's `task`: the name of a verifier, or an object of our fields."""
+        """This task with the changes of a line's `task`: the name of a verifier, or an object with some of our
+        fields."""
         if given is None:
             return self
         if isinstance(given, str):
@@ -72,7 +73,7 @@ def build_judge(task: Task, time_limit: float = 1.0, workers: int | None = None)
 
 
 class Grader:
-    """One judge for each task that occurs."""
+    """Grades lines of JSON, with one judge for each different task among them."""
 
     def __init__(self, task: Task | None = None, time_limit: float = 1.0, workers: int | None = None):
         self._task = task or Task()
@@ -80,7 +81,7 @@ class Grader:
         self._limits = (time_limit, workers)
 
     def grade_lines(self, lines: Iterable[str]) -> Iterator[Decision]:
-        """A Decision a line of JSON, in order; a line that is no task is an error of its own."""
+        """Yields one Decision for each line of JSON, in order. A line that cannot be read gets a verdict of ERROR."""
         chunk: list[str] = []
         for line in lines:
             if line.strip():

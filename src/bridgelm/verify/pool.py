@@ -1,8 +1,8 @@
 """A pool of killable worker processes for functions that may hang, eat memory or crash on hostile input.
 
-Plain subprocesses that exchange JSON lines: nothing is unpickled, and unlike multiprocessing's spawn the user's script
-is not run again. One item at a time goes to a worker; if it dies on it, only this item is concerned, and the next
-worker is there at once: each is a fork of a warm parent.
+Workers are plain subprocesses that exchange JSON lines: nothing is unpickled, and the user's script is not run again,
+as it would be with multiprocessing's spawn. A worker gets one task at a time. If it dies, only that task is lost, and
+the next worker is ready at once, as each is forked from a parent that has imported everything already.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from bridgelm.errors import UserError
 
 CACHE_SIZE = 100_000
 START_SECONDS = 120.0  # wall time for a worker's imports, on a busy machine
-# Wall time is a backstop for a worker that sleeps or is starved; the limit proper is CPU time.
+# CPU time is limited; wall time is limited too, generously, in case a worker sleeps or gets no CPU.
 WALL_FACTOR, WALL_FLOOR = 30.0, 60.0
-# How a process ends that ran out of CPU time, or of stack.
+# How a process ends that ran out of CPU time or of stack.
 GOLD_EXHAUSTS = "the gold answer alone exhausts time or memory"
 EXHAUSTED = {-signal.SIGPROF, -signal.SIGSEGV}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Exactly one of: a `result`; `exhausted`, time or memory ran out after the gold was found good; an `error`."""
+    """Exactly one of three: a `result`; `exhausted`, if time or memory ran out after the gold was understood; an
+    `error`."""
 
     result: Any = None
     exhausted: bool = False
@@ -55,15 +56,15 @@ class WorkerDied(Exception):
 
 
 class Replaced(WorkerDied):
-    """The worker died on a task and is there again, warm."""
+    """The worker died on a task, and its parent has forked another one."""
 
 
 class _Worker:
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], wall: float):
         self._wall = wall
         self._rest = b""
-        # A session of its own: Ctrl-C is for the run, which then closes its workers. If the run is killed, a worker
-        # sees the end of its input and leaves.
+        # The worker is in a session of its own, so that Ctrl-C reaches only the run, which then closes its workers. If
+        # the run is killed, a worker sees the end of its input and exits.
         self._process = subprocess.Popen([sys.executable, "-m", "bridgelm.verify.worker", *arguments], env=environment,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                          start_new_session=True)
@@ -86,7 +87,7 @@ class _Worker:
             self._process.stdin.flush()
             while True:
                 message = self._read(deadline)
-                if "dead" in message:  # the process that had the task; its parent has already put another in its place
+                if "dead" in message:  # the process that had the task; its parent has forked another one already
                     raise Replaced(message["dead"], good)
                 if "good" not in message:
                     break
@@ -109,7 +110,7 @@ class _Worker:
         pipe = self._process.stdout.fileno()
         while b"\n" not in self._rest:
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise WorkerDied(None, False)  # over the wall time: not ended by itself
+                raise WorkerDied(None, False)  # over the wall time, so it did not end by itself
             chunk = os.read(pipe, 65536)
             if not chunk:
                 raise WorkerDied(self._process.wait(), False)
@@ -118,7 +119,7 @@ class _Worker:
         return json.loads(line)
 
     def kill(self) -> None:
-        """The process that waits ends the one that works before itself; if it does not, both are ended."""
+        """Tells the parent to end its child and then itself; if it does not, both are killed."""
         self._process.terminate()
         try:
             self._process.wait(2.0)
@@ -128,13 +129,13 @@ class _Worker:
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # what was not yet sent to the killed worker
+                with contextlib.suppress(BrokenPipeError):  # unsent data for the killed worker
                     pipe.close()
 
 
 class Pool:
-    """`run(tasks)` gives one Outcome a task, in order. Workers start with the first task and are replaced when they
-    die. `target` is module:function, called as `function(task, gold_is_good)`; equal tasks are run once."""
+    """`run(tasks)` returns one Outcome per task, in order. Workers start with the first task and are replaced when they
+    die. `target` is module:function, called as `function(task, gold_is_good)`. Equal tasks are run once."""
 
     def __init__(self, target: str, cpu_seconds: float = 1.0, memory_mb: int = 2048, size: int | None = None,
                  paths: Sequence[str] = ()):
@@ -149,7 +150,7 @@ class Pool:
                              "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.size):
-            self._idle.put(None)  # a place for a worker, filled when first used
+            self._idle.put(None)  # a slot for a worker, which is started when it is first used
         self._alive: set[_Worker] = set()
         self._cache: OrderedDict[str, Outcome] = OrderedDict()
         self._lock = threading.Lock()
@@ -157,7 +158,7 @@ class Pool:
         weakref.finalize(self, _kill_all, self._alive)
 
     def remember(self, tasks: Sequence[dict[str, str]]) -> None:
-        """Runs what will be asked for later. In the counts it is then that it is asked for."""
+        """Runs tasks ahead of time, so that a later `run` finds their outcomes; the counts count them then."""
         self.run(tasks)
         with self._lock:
             self.counts["cached"] -= len(tasks)
@@ -183,7 +184,8 @@ class Pool:
             self.counts["cached"] += asked - len(fresh)
             for key, outcome in fresh.items():
                 self.counts["exhausted"] += outcome.exhausted
-                if not outcome.error:  # which may be a passing trouble of the machine: tried again next time
+                # An error may be a passing trouble of the machine, so it is not kept and the task is tried again.
+                if not outcome.error:
                     self._cache[key] = outcome
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)

@@ -1,9 +1,8 @@
-"""Countdown, and knights and knaves: the answer stands in <answer> tags and is checked against the task itself.
+"""The `countdown` and `knights` verifiers: the answer in <answer> tags is checked against the puzzle itself.
 
 `gold` is the row's `ground_truth` as JSON. Countdown: {"numbers": [...], "target": n}; any expression is right that
-uses each number once and comes to the target, exactly. Knights and knaves: {"names": [...], "solution": [true, ...]},
-or "statements" to solve; every name must be called a knight or a knave once.
-"""
+uses each number once and has exactly the value of the target. Knights and knaves: {"names": [...], "solution": [true,
+...]}, or "statements" to solve; every name must be called a knight or a knave once. """
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ Checked = tuple[bool, str]
 
 
 class PuzzleJudge:
-    """One of the two puzzles, in this process: both are linear in the answer."""
+    """Checks one of the two puzzles, in this process, as both checks are linear in the length of the answer."""
 
     def __init__(self, check: Callable[[Any, str], Checked]) -> None:
         self._check = check
@@ -73,7 +72,7 @@ def countdown(truth: dict[str, Any], answer: str) -> Checked:
 
 
 def evaluate(text: str) -> Fraction | None:
-    """The value of an expression of whole numbers, + - * / and parentheses; None if it is anything else."""
+    """The value of an expression of whole numbers, + - * / and parentheses; None if the text is anything else."""
     text = text.replace("×", "*").replace("÷", "/").strip()
     if len(text) > LONGEST or TOKEN.sub("", text).strip():
         return None
@@ -128,7 +127,7 @@ def knights(truth: dict[str, Any], answer: str) -> Checked:
 
 
 def solve(statements: str, people: int) -> list[bool]:
-    """The one assignment that fits all statements, by trying each."""
+    """The one assignment of knights and knaves that fits all statements, found by trying them all."""
     claims = ast.literal_eval(statements)  # a literal, never evaluated
     if people > 10 or len(claims) != people:
         raise ValueError("one statement for each of at most 10 people")

@@ -1,7 +1,7 @@
-"""The verifier of several ranks: the first one grades, and tells the others.
+"""The verifier of a run on several ranks: the first rank grades, and sends the grades to the others.
 
-A user's reward function may look at the whole batch, draw numbers or cost money: it is called once, with what it would
-be called with in one process.
+A user's reward function may depend on the whole batch, draw random numbers or cost money, so it is called once, with
+the arguments that it would get in a run of one process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bridgelm.verify.early import Judge as Early
 
 
 def shared_verifier(reward: RewardConfig) -> Verifier:
-    """The verifier of a run, on as many ranks as it has."""
+    """The verifier of a run, for one rank or several."""
     verifier = build_verifier(reward)
     return verifier if dist.world() == 1 else RankedVerifier(verifier)
 

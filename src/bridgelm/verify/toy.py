@@ -1,4 +1,4 @@
-"""The embedded task's own exact verifier."""
+"""The `toy` verifier, which checks answers to the embedded puzzles exactly."""
 
 from __future__ import annotations
 

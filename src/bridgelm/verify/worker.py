@@ -1,9 +1,9 @@
-"""A worker process: reads one JSON task a line, answers one JSON line (`python -m bridgelm.verify.worker ...`).
+"""A worker process of the pool: reads one JSON task per line and answers each with one JSON line.
 
-It imports and warms up once, then forks: the child works, and if it dies on a task the parent says so and forks the
-next one at once, warm. The kernel enforces the limits, so nothing in the task can outlast them: ITIMER_PROF counts the
-child's CPU time and ends it by SIGPROF, in C code too; RLIMIT_AS makes allocation fail.
-"""
+It is started as `python -m bridgelm.verify.worker ...`, imports and warms up once, then forks: the child works, and if
+it dies on a task, the parent says so and forks the next one at once. The kernel enforces the limits, so nothing in the
+task can outlast them: ITIMER_PROF counts the child's CPU time and ends it by SIGPROF, in C code too; RLIMIT_AS makes
+allocation fail. """
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Say = Callable[..., None]
 
 
 def main(target: str, cpu_seconds: float, memory_mb: int) -> None:
-    # What libraries print must not mix with the answers.
+    # Answers have a file descriptor of their own, so that nothing that libraries print gets among them.
     answers = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def main(target: str, cpu_seconds: float, memory_mb: int) -> None:
         warm_up = getattr(sys.modules[module], "warm_up", None)
         if warm_up:
             warm_up()
-    except Exception as error:  # whatever it is, the parent must hear why there is no worker
+    except Exception as error:  # whatever it is, the parent process must learn why there is no worker
         say(broken=f"{type(error).__name__}: {error}")
         return
     say(ready=True)
@@ -44,7 +44,7 @@ def main(target: str, cpu_seconds: float, memory_mb: int) -> None:
 
 
 def _supervise(serve: Callable[[], None]) -> int:
-    """The exit code of a forked child; when this process is told to end, the child goes first."""
+    """Waits for a forked child and returns its exit code. If this process is told to end, it ends the child first."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(KeyboardInterrupt):
@@ -63,7 +63,7 @@ def _supervise(serve: Callable[[], None]) -> int:
 
 
 def _lines() -> Iterator[bytes]:
-    """From the pipe itself: what a child has read ahead would be lost with it."""
+    """Lines of standard input, read without a buffer: lines that a child had buffered would be lost if it died."""
     rest = b""
     while chunk := os.read(0, 1 << 16):
         *lines, rest = (rest + chunk).split(b"\n")
@@ -79,14 +79,14 @@ def _serve(function: Callable[..., Any], say: Say, cpu_seconds: float, memory_mb
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             answer = {"result": function(task, lambda: say(good=True))}
-        except Exception as error:  # a fault of the grader: reported as such, never as a wrong answer
+        except Exception as error:  # a fault of the grader, which is reported as one and never as a wrong answer
             answer = {"exhausted": True} if _ran_out(error) else {"error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         say(ms=1000 * (time.process_time() - start), **answer)
 
 
 def _ran_out(error: BaseException | None) -> bool:
-    """Whether memory or stack was what failed, also where a library has raised an error of its own over it."""
+    """Whether memory or stack ran out, also where a library has raised an error of its own because of it."""
     while error is not None:
         if isinstance(error, MemoryError | RecursionError):
             return True

@@ -13,7 +13,7 @@ from bridgelm.verify.math.shape import readings
 from bridgelm.verify.math.spelling import spell
 
 LONGEST_GOLD = 20_000
-# The parser is slow on every construct that it meets for the first time.
+# The parser is slow on every construct that it meets for the first time, so these are parsed before any task.
 USUAL = [r"-\frac{2(x^2+6)}{9(x^2-2)\sqrt[3]{x^2-2}^2}+\frac{a}{b}", r"2\sin(x)\cos^2 y-\ln(3)e^{-2t}",
          r"\omega_{n}^{2} e^{-\zeta \omega_{n} t} \cos (\omega_{n} \sqrt{1-\zeta^{2}} t)",
          r"\sin\theta+\cos\frac{\pi}{3}",
@@ -25,8 +25,8 @@ USUAL_PAIRS = [(r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"), (r"\sqrt{6+4\sqrt
 
 
 def compare(task: dict[str, str], gold_is_good: Callable[[], None]) -> tuple[bool, str]:
-    """Whether the prediction equals the gold, and what decided. `gold_is_good` is called once the gold has been
-    understood: from then on running out of time or memory is the prediction's fault."""
+    """Whether the prediction equals the gold, and the rule that decided. `gold_is_good` is called once the gold has
+    been understood: from then on, running out of time or memory is the fault of the prediction."""
     gold, prediction = task["gold"], task["prediction"]
     TOLERANCE.set(float(task.get("tolerance", "0")))
     if len(gold) > LONGEST_GOLD:
@@ -43,7 +43,7 @@ def compare(task: dict[str, str], gold_is_good: Callable[[], None]) -> tuple[boo
 
 
 def warm_up() -> None:
-    """Imports and builds the parser before the clock of the first item starts."""
+    """Imports and builds the parser, so that this does not count against the time limit of the first task."""
     logging.disable(logging.WARNING)
     for text in USUAL:
         with contextlib.suppress(Unreadable, TooBig):

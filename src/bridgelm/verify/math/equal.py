@@ -1,4 +1,4 @@
-"""Whether two answers are one: shapes against shapes, values against values. Every comparison names its rule."""
+"""Whether two answers are equal, shape against shape and value against value; every comparison names its rule."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bridgelm.verify.math.number import exact
 from bridgelm.verify.math.scalar import proportional, same_value
 from bridgelm.verify.math.shape import Shape, is_name
 
-MATCHED = 300  # members of two lists that are matched by value; more only as exact numbers
+MATCHED = 300  # the longest lists whose members are matched by value; longer ones only as exact numbers
 
 
 def equal(g: Shape, p: Shape) -> str:
-    """The rule by which they are equal; empty where they are not."""
+    """The name of the rule by which the two are equal; empty if they are not."""
     g, p = _unwrapped(_named_apart(g, p), _named_apart(p, g))
     if g.kind == p.kind == "relation":
         return _relations(g, p)
@@ -31,7 +31,7 @@ def equal(g: Shape, p: Shape) -> str:
 
 
 def _named_apart(shape: Shape, other: Shape) -> Shape:
-    """(x, y) = (1, 2) as x = 1, y = 2, where the other answer is a list."""
+    """Rewrites (x, y) = (1, 2) as x = 1, y = 2 if the other answer is a list."""
     if other.kind != "list" or shape.kind != "relation" or shape.text != "=" or shape.parts[1].kind != "group":
         return shape
     names = [name.strip() for name in shape.parts[0].text.strip("() ").split(",")]
@@ -42,7 +42,8 @@ def _named_apart(shape: Shape, other: Shape) -> Shape:
 
 
 def _unwrapped(g: Shape, p: Shape) -> tuple[Shape, Shape]:
-    """An equation whose left side only names the answer is its right side, if the other answer has no left side."""
+    """Reduces an equation to its right side if its left side only names the answer and the other answer has no left
+    side."""
     if p.kind == "relation" and g.kind not in {"relation"} and p.text.split()[-1] in {"=", r"\in"}:
         if _names_answer(p, strict=False):
             p = p.parts[-1]
@@ -60,8 +61,8 @@ def _names_answer(shape: Shape, strict: bool) -> bool:
     try:
         symbols = parse(left).free_symbols
     except (Unreadable, TooBig, AttributeError):
-        return True  # a name that is no expression
-    if not symbols and len(shape.parts) == 2:  # 3 + 4 = 7 says 7, and 3 + 4 = 8 nothing
+        return True  # a name that is not an expression
+    if not symbols and len(shape.parts) == 2:  # 3 + 4 = 7 gives the answer 7; 3 + 4 = 8 gives none
         return not strict and shape.parts[1].kind == "value" and same_value(left, shape.parts[1].text)
     if strict:  # 2x + z = 1 is not the answer 1; a quotient of names is a name
         return (bool(re.fullmatch(r"[\sA-Za-z_{}\\:/|]+", left)) and "frac" in left) or ":" in left
@@ -69,7 +70,8 @@ def _names_answer(shape: Shape, strict: bool) -> bool:
 
 
 def _as_sets(g: Shape, p: Shape) -> str | None:
-    """None where sets decide nothing: two plain pairs are compared entry by entry."""
+    """Compares both as sets; None if this decides nothing, as for two plain pairs, which are compared entry by
+    entry."""
     kinds = {g.kind, p.kind}
     if not kinds & {"union", "relation"} and not (kinds & {"words", "set"} and kinds & {"group", "value", "union"}) \
             and not (kinds == {"list"} and any(part.kind == "relation" for part in (*g.parts, *p.parts))) \
@@ -90,7 +92,7 @@ def _relations(g: Shape, p: Shape) -> str:
             if _same_name(g, p):
                 return equal(g.parts[-1], p.parts[-1]) and "assignment"
             if all(CALL.fullmatch(skeleton(name)) for name in names):
-                return ""  # no products of letters: f(2) = 0 is no multiple of f(3) = 0
+                return ""  # these are not products of letters: f(2) = 0 is no multiple of f(3) = 0
         return _proportional(g, p)
     left, right = sets.as_pieces(g), sets.as_pieces(p)
     if left is not None and right is not None and _subject(g) == _subject(p):
@@ -99,12 +101,13 @@ def _relations(g: Shape, p: Shape) -> str:
 
 
 CALL = re.compile(r".+\(\w+(?:,\w+)*\)")
-RULE = re.compile(r"[a-zA-Z]\(([a-z](?:,[a-z])*)\)")  # a function by its rule
+RULE = re.compile(r"[a-zA-Z]\(([a-z](?:,[a-z])*)\)")  # the left side of a function's definition
 
 
 def _same_name(g: Shape, p: Shape) -> bool:
-    """One name. What a rule is called does not count, so f(x), g(x) and y are one; a value such as f(2) or P(A), and a
-    function that everybody knows, are what they say. A lone y stands for each of them."""
+    """Whether two left sides name the same thing. The name of a defined function does not count, so f(x), g(x) and y
+    are the same; a value such as f(2) or P(A), and a well-known function, must be the same. A lone y may be any of
+    them."""
     left, right = (skeleton(side.parts[0].text) for side in (g, p))
     if left == right:
         return True
@@ -131,7 +134,7 @@ TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": 
 
 
 def _proportional(g: Shape, p: Shape) -> str:
-    """One equation or inequality is a multiple of the other."""
+    """Whether one equation or inequality is a multiple of the other."""
     if len(g.parts) != 2 or len(p.parts) != 2 or g.text not in TURNED or p.text not in TURNED:
         return ""
     try:
@@ -151,7 +154,7 @@ def _mixed(g: Shape, p: Shape) -> str:
     kinds = (g.kind, p.kind)
     if kinds == ("set", "list") or kinds == ("list", "set"):
         return _unordered(g, p) and "set"
-    if kinds == ("group", "list") and (g.text == "()" or len(g.parts) > 2):  # a bare list in the tuple's order
+    if kinds == ("group", "list") and (g.text == "()" or len(g.parts) > 2):  # a bare list, in the order of the tuple
         return _all_equal(g.parts, p.parts) and "tuple"
     apart = _all_named(g.parts) and _distinct(g.parts, g.parts)
     if kinds == ("list", "group") and g.text != "pm" and (apart or not _like_interval(p)):
@@ -201,7 +204,7 @@ def _groups(g: Shape, p: Shape) -> str:
 
 
 def _members(shape: Shape) -> list[Shape]:
-    """Of a list or set, with the two values of a plus-minus member in its place."""
+    """The members of a list or set; a plus-minus member counts as its two values."""
     return [inner for part in shape.parts
             for inner in (part.parts if part.kind == "list" and part.text == "pm" else [part])]
 
@@ -209,7 +212,7 @@ def _members(shape: Shape) -> list[Shape]:
 def _unordered(g: Shape, p: Shape) -> str:
     left, right = _members(g), _members(p)
     sets_of = "set" in (g.kind, p.kind) or "pm" in (g.text, p.text)
-    if sets_of or all(shape.kind == "group" for shape in (*left, *right)):  # a solution may be said twice
+    if sets_of or all(shape.kind == "group" for shape in (*left, *right)):  # a solution may be given twice
         left, right = list(dict.fromkeys(left)), list(dict.fromkeys(right))
     if len(left) != len(right):
         return ""
@@ -245,13 +248,13 @@ def _all_named(shapes: Sequence[Shape]) -> bool:
 
 
 def _distinct(left: Sequence[Shape], right: Sequence[Shape]) -> bool:
-    """Whether the named side names different things (a = 1, b = 2), and not one thing twice (x = 1, x = 2)."""
+    """Whether the names on the named side differ (a = 1, b = 2), instead of one name with two values (x = 1, x = 2)."""
     named = left if _all_named(left) else right
     return len({_bare(s.parts[0].text) for s in named}) == len(named) > 1
 
 
 def _bare(name: str) -> str:
-    """x_1 and x_2 are two values of one x."""
+    """The name without its index, as x_1 and x_2 are two values of the same x."""
     return re.sub(r"_\{?\w+\}?", "", skeleton(name))
 
 

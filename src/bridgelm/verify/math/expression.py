@@ -1,7 +1,7 @@
-"""TeX to sympy, by math-verify's parser, exactly: decimals stay fractions and 2(1/2) is a product.
+"""Parses TeX to exact sympy expressions with math-verify's grammar: decimals become fractions, 2(1/2) a product.
 
-math-verify's own `parse` hands plain text to sympy's parser, which evaluates it as Python; only its TeX grammar is used
-here. Nothing is evaluated that is too big to be written down.
+Only the TeX grammar of math-verify is used, since its `parse` hands plain text to sympy's parser, which evaluates it as
+Python. Numbers too big to be written down are never evaluated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bridgelm.verify.math.split import THOUSANDS
 
 LONGEST = 3000
 DEEPEST = 60
-BITS = 30_000  # of the largest number that is written out
+BITS = 30_000  # the size of the largest number that is written out
 CONFIG = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="none",
                              equations=False)
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
@@ -31,15 +31,15 @@ CONSTANTS = {"e": sympy.E, "i": sympy.I}
 
 
 class TooBig(Exception):
-    """A number that nobody could write down, a text that nobody could read."""
+    """A number is too big to be written out, or a text too long to be parsed."""
 
 
 class Unreadable(Exception):
-    """Not a mathematical expression."""
+    """The text is not a mathematical expression."""
 
 
 class Converter(_Latex2Sympy):
-    """math-verify's converter without its mixed numbers (these are read before) and without floats."""
+    """math-verify's converter without its mixed numbers (which are read before) and without floats."""
 
     def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
         left = self.convert_postfix(arr[i])
@@ -62,7 +62,7 @@ class Converter(_Latex2Sympy):
 
 @lru_cache(maxsize=512)
 def parse(text: str) -> Any:
-    """An expression of sympy with exact numbers; Unreadable or TooBig where there is none."""
+    """A sympy expression with exact numbers; raises Unreadable or TooBig if there is none."""
     if len(text) > LONGEST or _depth(text) > DEEPEST:
         raise TooBig
     text = _meant(text)
@@ -83,7 +83,7 @@ def parse(text: str) -> Any:
 
 
 def _meant(text: str) -> str:
-    """What the grammar would misread: degrees within sines, i and e, roots and powers of functions."""
+    """Rewrites what the grammar would misread: degrees within sines, i and e, roots and powers of functions."""
     if TRIGONOMETRY.search(text):
         text = text.replace(r"^\circ", r"\cdot\frac{\pi}{180}")
     if not SEVERAL.search(text):
@@ -110,14 +110,14 @@ def _depth(text: str) -> int:
 
 
 def check(expression: Any) -> None:
-    """TooBig if evaluating it would write out a number of more than BITS bits."""
+    """Raises TooBig if evaluating the expression would write out a number of more than BITS bits."""
     for node in sympy.preorder_traversal(expression):
         if isinstance(node, sympy.Pow | sympy.factorial | sympy.binomial | sympy.Sum | sympy.Product):
             bits(node)
 
 
 def bits(node: Any) -> float:
-    """A bound on the bits of a number's value; symbols count as one bit. Never evaluates."""
+    """An upper bound on the bits of a number's value, without evaluating it; a symbol counts as one bit."""
     if node.is_Rational:
         return max(abs(int(node.p)).bit_length(), int(node.q).bit_length())
     if not node.args:

@@ -1,4 +1,4 @@
-"""Mathematical equality, in killable workers. What can be decided at a glance is decided here."""
+"""The `math` verifier: decides easy comparisons at once, and has killable workers decide the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridgelm.verify.math.number import exact
 from bridgelm.verify.pool import Outcome, Pool
 
 MEMORY_MB = 2048
-SHORT = 60  # characters of what is decided without a worker
+SHORT = 60  # characters of the longest answer that is decided without a worker
 
 
 class MathJudge:
@@ -32,7 +32,7 @@ class MathJudge:
         return self.decide([problem.answer or "" for problem in problems], texts)
 
     def decide(self, golds: Sequence[str], texts: Sequence[str]) -> list[Decision]:
-        """A completion without an answer is wrong and needs no worker."""
+        """Decides each pair; a completion without an answer is wrong and needs no worker."""
         found: list[Decision | None] = []
         tasks: dict[int, dict[str, str]] = {}
         for i, (gold, text) in enumerate(zip(golds, texts, strict=True)):
@@ -47,12 +47,13 @@ class MathJudge:
         return [decision for decision in found if decision is not None]
 
     def remember(self, problems: Sequence[Problem], texts: Sequence[str]) -> None:
-        """Compares now what will be asked for later: the workers' part alone, which the pool keeps."""
+        """Compares ahead of time what will be asked for later. Only comparisons that need a worker are kept, by the
+        pool."""
         glanced = [self._glanced(problem.answer or "", text) for problem, text in zip(problems, texts, strict=True)]
         self._pool.remember([task for decision, task in glanced if decision is None])
 
     def _glanced(self, gold: str, text: str) -> tuple[Decision | None, dict[str, str]]:
-        """What a look decides, and the task for a worker where it does not."""
+        """The decision, where it is easy; else the task for a worker."""
         answer, how = find(text, self._extract)
         gold = gold_answer(gold)
         task = {"gold": gold, "prediction": answer or "", "how": how}
@@ -63,7 +64,7 @@ class MathJudge:
 
 
 def gold_answer(gold: str) -> str:
-    """A gold answer may itself be a solution, with a box, cut or not, or with #### before its answer."""
+    """The answer in a gold, which may itself be a whole solution with a box, cut off or not, or with ####."""
     long = len(gold) > 80 or "\n" in gold.strip()
     rules: Sequence[Rule] = ("tags", "boxed", "hashes", "phrase", "bare") if long else ("boxed", "hashes")
     answer, _ = find(gold, rules, cut=False)
@@ -71,7 +72,7 @@ def gold_answer(gold: str) -> str:
 
 
 def at_a_glance(gold: str, answer: str | None, how: str) -> Decision | None:
-    """Missing answers, golds that nothing can equal, plain numbers and equal strings."""
+    """Decides the easy cases: missing answers, golds that nothing can equal, plain numbers and equal strings."""
     if not gold.strip():
         return Decision(Verdict.ERROR, answer, how, "the gold answer is empty")
     if "\n" in gold.strip() and is_prose(gold):
@@ -91,7 +92,8 @@ def at_a_glance(gold: str, answer: str | None, how: str) -> Decision | None:
 
 
 def decision_of(outcome: Outcome, answer: str, how: str) -> Decision:
-    """Running out of time or memory against a good gold is wrong: hanging the grader must not pay."""
+    """The decision on a worker's outcome. If time or memory runs out against a good gold, the answer is wrong: hanging
+    the grader must not pay."""
     if outcome.error:
         return Decision(Verdict.ERROR, answer, how, outcome.error, outcome.ms)
     if outcome.exhausted:

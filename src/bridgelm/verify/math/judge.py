@@ -1,4 +1,4 @@
-"""The verdict on a prediction: read in every way that it may be read, against the gold answer."""
+"""Compares a prediction with the gold answer in every way in which the two can be read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridgelm.verify.math.shape import LABELLED, Shape, readings
 
 
 def judge(gold: str, prediction: str) -> tuple[bool, str]:
-    """Both in our spelling. Whether they are equal, and by which rule."""
+    """Whether the two are equal, and by which rule. Both are texts in our spelling (spelling.py)."""
     if skeleton(gold) == skeleton(prediction):
         return True, "same text"
     if not balanced(prediction):
@@ -31,7 +31,7 @@ def judge(gold: str, prediction: str) -> tuple[bool, str]:
 
 
 def labelled(gold: str, prediction: str) -> list[Shape]:
-    """`C. 12` is the choice C and the value 12."""
+    """The readings of a labelled choice: `C. 12` is the choice C and the value 12."""
     if not (found := LABELLED.fullmatch(prediction)):
         return []
     letter = found.group(1) or found.group(2)

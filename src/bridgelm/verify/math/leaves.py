@@ -1,4 +1,4 @@
-"""Whether two single values are one: numbers with their units, words, times."""
+"""Whether two single values are equal: numbers with their units, words, times of day."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def named(rule: str, holds: bool) -> str:
 
 
 def skeleton(text: str) -> str:
-    """Without what never counts: blanks (but those between digits or words), and TeX that says "this is text"."""
+    """The text without what never counts: TeX that marks text, and blanks, except those between digits or words."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"_\{(\w)\}", r"_\1", text))
     return re.sub(r"(?<=[^\w])\s+|\s+(?=[^\w])", "", text.strip()).strip().rstrip(" .")
@@ -62,7 +62,7 @@ def same_words(g: Shape, p: Shape) -> str:
 
 
 def same_times(g: Shape, p: Shape) -> str:
-    """An hour that one side alone says is of the morning is the same hour."""
+    """Whether two times are the same; a.m. or p.m. counts only if both sides give it."""
     return "time" if g.text == p.text or p.text in g.text.split() or g.text in p.text.split() else ""
 
 

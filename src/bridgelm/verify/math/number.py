@@ -1,11 +1,11 @@
-"""Numbers read exactly from their spelling, as fractions: the cheap path that decides most answers."""
+"""Reads plain numbers as exact fractions, the cheap path that decides most answers."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-LONGEST = 4000  # digits that are read, and the size of exponents
+LONGEST = 4000  # the most digits that are read, and the largest exponent
 PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 SIGN = r"(?P<sign>[-+]?)\s*"
 DECIMAL = re.compile(rf"{SIGN}(?P<number>{PLAIN})")
@@ -56,7 +56,7 @@ def _tex_ratio(found: re.Match[str]) -> Fraction | None:
 
 
 def _mixed(found: re.Match[str]) -> Fraction | None:
-    """2\\frac{1}{2} is 2 + 1/2; with an improper fraction it is a product, and not for here."""
+    """2\\frac{1}{2} is 2 + 1/2; with an improper fraction it is a product, which is not read here."""
     top, bottom = (found["a"], found["b"]) if found["a"] else (found["c"], found["d"])
     if int(top) >= int(bottom):
         return None

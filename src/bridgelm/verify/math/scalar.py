@@ -1,9 +1,8 @@
-"""Whether two expressions have the same value: exactly where they are rational, else by digits beyond doubt.
+"""Whether two expressions have the same value: decided exactly for rational numbers, else by many digits.
 
-Both are evaluated to more digits than their literals hold: two expressions of so few symbols that agree on all of them
-are the same number. Free symbols are replaced by several rational points, each within the domain of both sides.
-Nothing is expanded or simplified, so no form of a wrong answer is slow.
-"""
+Both are evaluated to more digits than their literals hold: if two expressions of so few symbols agree on all of these
+digits, they are the same number. Free symbols are replaced by several rational points, each within the domain of both
+sides. Nothing is expanded or simplified, so no form of a wrong answer is slow. """
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ DIGITS = 30
 MOST_DIGITS = 700
 MACHINE = 12  # significant digits
 AGREE = 4  # points at which two expressions must agree
-AGREE_IN_PIECES = 14  # where |x|, floors or remainders make them of several pieces
+AGREE_IN_PIECES = 14  # the same, where |x|, floors or remainders make an expression piecewise
 TRIED = 30
 POINTS = [Fraction(p, q) for p, q in [(37, 23), (71, 31), (113, 29), (19, 41), (7, 53), (227, 61), (3, 47), (433, 67),
                                       (29, 17), (101, 13), (11, 73), (59, 43)]]
@@ -32,7 +31,7 @@ SCALES = [Fraction(1, 97), Fraction(4, 3), Fraction(53), Fraction(1, 7), Fractio
 
 
 def same_value(left: str, right: str) -> bool:
-    """Of two texts in our TeX. Unreadable or TooBig where a text has no value."""
+    """Whether two texts in our TeX have the same value; raises Unreadable or TooBig if a text has none."""
     a, b = exact(left), exact(right)
     if TOLERANCE.get() and _near(left, right):
         return True
@@ -45,7 +44,7 @@ def same_value(left: str, right: str) -> bool:
 
 
 def _near(gold: str, prediction: str) -> bool:
-    """Within the tolerance of a suite that has one, relative to the gold number."""
+    """Whether the prediction is within the tolerance of the task, relative to the gold number."""
     try:
         a, b = parse_value(gold), parse_value(prediction)
         if a.free_symbols or b.free_symbols or not (a.is_finite and b.is_finite):
@@ -56,7 +55,7 @@ def _near(gold: str, prediction: str) -> bool:
 
 
 def _written_out(text: str, value: Fraction, other: Any) -> bool:
-    """Whether a text is the other value written out to the digits of a machine number, rounded or cut off."""
+    """Whether a text is the other value written out to the digits of a floating-point number, rounded or cut off."""
     found = re.fullmatch(r"[-+]?0*\.?0*(\d+)\.?(\d*)", text.strip())
     places = len(text.strip().partition(".")[2])
     if not found or not places or len(found.group(1) + found.group(2)) < MACHINE:
@@ -66,7 +65,7 @@ def _written_out(text: str, value: Fraction, other: Any) -> bool:
             return False
         other = Fraction(str(sympy.N(_plain(other), places + 40)))
     if other.denominator == 1 or 10 ** places % other.denominator == 0:
-        return False  # it ends earlier
+        return False  # the other value ends within these digits, so nothing was rounded or cut off
     scaled = other * 10 ** places
     return value * 10 ** places in {round(scaled), int(scaled)}
 
@@ -80,7 +79,7 @@ def parse_value(text: str) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Of two expressions or matrices of sympy."""
+    """Whether two sympy expressions or matrices are equal."""
     matrices = [getattr(side, "is_Matrix", False) for side in (a, b)]
     if any(matrices):
         return all(matrices) and _same_matrix(a, b)
@@ -107,7 +106,7 @@ def _same_matrix(a: Any, b: Any) -> bool:
 
 
 def _plain(expression: Any) -> Any:
-    """Evaluated where that is cheap; unknown functions are unknown numbers."""
+    """The expression, evaluated where that is cheap, with unknown functions as unknown numbers."""
     unknown = {f: sympy.Symbol("_" + re.sub(r"\W", "_", str(f))) for f in expression.atoms(AppliedUndef)}
     if unknown:
         expression = expression.xreplace(unknown)
@@ -121,7 +120,7 @@ def _names(expression: Any) -> set[str]:
 
 
 def _height(expression: Any) -> int:
-    """Digits of all literals, exponents counted as the digits that they stand for."""
+    """The number of digits of all literals; an exponent counts as the digits of the power that it makes."""
     total = 0
     node: Any
     for node in sympy.preorder_traversal(expression):
@@ -135,7 +134,7 @@ def _height(expression: Any) -> int:
 
 
 def _close(a: Any, b: Any, at: dict[Any, Any], digits: int) -> bool | None:
-    """None where one of the two has no finite value."""
+    """Whether the two agree at a point; None if one of them has no finite value there."""
     try:
         x, y = (side.evalf(digits + 5, subs=at or None, maxn=3 * digits + 100) for side in (a, b))
     except (ValueError, TypeError, ZeroDivisionError, OverflowError, AttributeError, NotImplementedError):
@@ -156,7 +155,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _agree(a: Any, b: Any, digits: int) -> bool:
-    """At several points of the domain; where there is none on the real line, at points off it."""
+    """Whether the two agree at several points of their domain; if it has no real point, at complex points."""
     seen = 0
     pieces = any(side.has(sympy.Abs, sympy.floor, sympy.ceiling, sympy.Mod, sympy.Max, sympy.Min) for side in (a, b))
     for at in _points(a, b):
@@ -202,7 +201,8 @@ def _counted(expression: Any) -> set[Any]:
 
 
 def _restricted(expression: Any) -> list[Any]:
-    """What must not be negative for the expression to be real: under even roots, in logarithms and odd powers."""
+    """The terms that must not be negative if the expression is to be real: under even roots, and in logarithms and
+    powers."""
     return [node.args[0] for node in sympy.preorder_traversal(expression)
             if (isinstance(node, sympy.log) or (isinstance(node, sympy.Pow) and node.exp.is_integer is not True))
             and node.args[0].free_symbols]
@@ -217,7 +217,7 @@ def _allowed(limit: Any, at: dict[Any, Any]) -> bool:
 
 
 def proportional(left: Any, right: Any) -> Any:
-    """What constant the first is of the second; None if it is none. The sides are `lhs - rhs` of equations."""
+    """The constant c with left = c * right; None if there is none. Both are `lhs - rhs` of an equation."""
     a, b = _plain(left), _plain(right)
     if not a.free_symbols or _names(a) != _names(b):
         return None

@@ -26,7 +26,7 @@ class Piece:
 
 
 def as_pieces(shape: Shape) -> list[Piece] | None:
-    """The set in pieces from left to right; None where it is no set of real numbers that is known exactly."""
+    """The pieces of the set from left to right; None if it is not a set of real numbers with exactly known ends."""
     try:
         found = _pieces(shape)
         return None if found is None else _merged(found)
@@ -58,7 +58,7 @@ def _from_list(shape: Shape) -> list[Piece] | None:
     if any(part.kind == "group" or "=" in part.text.split() for part in shape.parts):
         return None
     if len({side.text for part in shape.parts for side in part.parts if is_name(side.text)}) > 1:
-        return None  # of different things
+        return None  # the parts are about different variables
     parts = [_pieces(part) for part in shape.parts]
     if any(part is None for part in parts):
         return None
@@ -181,7 +181,7 @@ def _less(a: Any, b: Any) -> bool:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Sorted, with pieces that touch made one."""
+    """The pieces sorted, with those that touch joined."""
     if len(pieces) > 200:
         raise ValueError
     keyed = sorted(pieces, key=lambda piece: (float(piece.low) if piece.low.is_finite else -math.inf, piece.low_open))

@@ -1,4 +1,4 @@
-"""The shape of an answer: value, words, list, tuple or interval, set, union, matrix, relation, ratio, time.
+"""Parses an answer into its shape: value, words, list, tuple or interval, set, union, matrix, relation, ratio, time.
 
 A text may be read in two ways (32,349 is a number or two; 1,5 may be a decimal): `readings` gives each of them.
 """
@@ -49,7 +49,7 @@ class Shape:
 
 
 def readings(text: str, gold: bool) -> list[Shape]:
-    """In how many ways a spelled text can be read, the likeliest first."""
+    """All readings of a spelled text, the likeliest first."""
     found = [read(text, gold)]
     if THOUSANDS.search(text):
         found.append(read(text, gold, thousands=False))
@@ -65,7 +65,7 @@ def readings(text: str, gold: bool) -> list[Shape]:
 
 
 def _with_decimal(text: str) -> str | None:
-    """`3/4 (0.75)` is 3/4, if the decimal in parentheses is it, rounded."""
+    """Reads `3/4 (0.75)` as 3/4 if the decimal in parentheses is its rounded value; else None."""
     if not (found := WITH_DECIMAL.fullmatch(text)):
         return None
     value, decimal = number.exact(found.group(1)), Fraction(found.group(2))
@@ -92,7 +92,7 @@ def read(text: str, gold: bool, thousands: bool = True, depth: int = 0) -> Shape
 
 
 def _peeled(text: str) -> str:
-    """Without braces or full stops that surround all of it."""
+    """The text without braces around all of it and without punctuation at its ends."""
     text = text.strip()
     while (found := enclosed(text)) and found[0] == "{" and found[2] == "}":
         text = found[1]
@@ -139,7 +139,7 @@ def _words(text: str, gold: bool, depth: int) -> Shape | None:
 
 
 def said_as(text: str) -> str:
-    """Words as they count: no case, no articles, no punctuation; a lone letter without its parentheses."""
+    """Normalised words: no case, articles or punctuation; a lone letter loses its parentheses."""
     if found := CHOICE.fullmatch(text.strip().rstrip(".")):
         return found.group(1)
     text = re.sub(r"[^\w\s+-]", " ", text.lower().replace("'", "")).replace("-", " ")
@@ -158,7 +158,7 @@ def _relation(text: str, gold: bool, thousands: bool, depth: int) -> Shape | Non
             return read(pieces[0], gold, thousands, depth + 1)
         if not pieces[0].strip():
             return None
-    if r"\approx" in pieces:  # what stands before it is exact, if it is a value at all
+    if r"\approx" in pieces:  # what stands before it is the exact value, if it is a value at all
         at = pieces.index(r"\approx")
         pieces = pieces[:at] if len(pieces[:at]) > 1 or not is_name(pieces[0]) else [pieces[0], "=", *pieces[at + 1:]]
         if len(pieces) == 1:
@@ -172,7 +172,7 @@ def _relation(text: str, gold: bool, thousands: bool, depth: int) -> Shape | Non
 
 
 def is_name(text: str) -> bool:
-    """Whether it only names what is asked for: x, f(x), AB, the area, (p, q)."""
+    """Whether the text only names what is asked for: x, f(x), AB, the area, (p, q)."""
     text = text.strip()
     if found := enclosed(text):
         inner = [*items(found[1])]
@@ -223,12 +223,12 @@ def _group(text: str, gold: bool, thousands: bool, depth: int) -> Shape | None:
 
 
 def _spaced(inside: str) -> bool:
-    """Whether commas within numbers differ from those between members: (1,000, 2,000) but not (100,200)."""
+    """Whether blanks tell the commas between members from those within numbers: in (1,000, 2,000), not in (100,200)."""
     return bool(re.search(r",\s", inside)) and bool(THOUSANDS.search(inside))
 
 
 def _signs(text: str, gold: bool, thousands: bool, depth: int) -> Shape | None:
-    """A plus-minus sign makes two values; each further one on its own doubles them."""
+    """The list of values of a text with plus-minus signs: each independent sign doubles them."""
     count = sum(token in {r"\pm", r"\mp"} for token in tokens(text))
     if not 1 <= count <= 3:
         return None

@@ -1,6 +1,7 @@
-"""One spelling for an answer: Unicode, plain text and TeX dialects all become the same TeX. Strings only, no meaning.
+"""Rewrites an answer into one spelling: Unicode, plain text and TeX dialects all become the same TeX.
 
-Every step is linear in the length of its input; nothing is evaluated.
+This is done on strings, without regard to meaning. Every step is linear in the length of its input, and nothing is
+evaluated.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ PAIRS = [
     (re.compile(r"\\varphi"), r"\\phi"),
     (re.compile(r"\\dot\{([0-9])\}"), r"\\overline{\1}"),
 ]
-# Plain text as a person types it.
+# Spellings of plain text, as a person types it.
 PLAIN = [
     (re.compile(r"(?<![\\a-zA-Z])(?:infinity|infty)(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*(?=[({0-9a-zA-Z\\])"), r"\\sqrt"),
@@ -119,7 +120,7 @@ def spell(text: str) -> str:
     for pattern, by in PAIRS:
         text = pattern.sub(by, text)  # pyright: ignore[reportArgumentType, reportCallIssue]
     text = FONT.sub(r"\\text", LETTER_FONT.sub(r"{\1}", KEPT_FONT.sub(r"\\\1 ", text)))
-    parts = re.split(r"(\\text\{[^{}]*\})", text)  # what is said in words stays as it is
+    parts = re.split(r"(\\text\{[^{}]*\})", text)  # text in \text{} stays as it is
     parts[::2] = [_plain(part) for part in parts[::2]]
     return braced(unwrap("".join(parts)))
 
@@ -150,7 +151,7 @@ def _root(found: re.Match[str]) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without what surrounds an answer and is no part of it."""
+    """The answer without what surrounds it and is not part of it."""
     while True:
         before = text
         text = text.strip().rstrip(".,;:!").rstrip() if not text.rstrip().endswith(("!", r"\!")) else text.strip()
@@ -165,7 +166,7 @@ def unwrap(text: str) -> str:
 
 
 def round_arguments(text: str) -> str:
-    """sqrt(x+1) and x^(1/2), as plain text writes them, with braces. One pass from the right for each kind."""
+    """Puts braces round the arguments of sqrt(x+1) and x^(1/2), in one pass from the right for each kind."""
     closing: dict[int, int] = {}
     opened: list[int] = []
     for at, character in enumerate(text):
@@ -181,7 +182,7 @@ def round_arguments(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    """\\frac12, \\frac\\pi 2, \\sqrt3 with braces round each argument."""
+    """Puts braces round each argument of \\frac12, \\frac\\pi 2, \\sqrt3."""
     text = SQRT.sub(lambda m: rf"\sqrt{m.group(1) or ''}{{{m.group(2)}}}", text)
     text = REPEATED.sub(r"\1\\overline{\2}", LOG_BASE.sub(r"\\log_{\1}", text))
     if r"\frac" in text:
@@ -204,7 +205,7 @@ def _partners(pieces: list[str]) -> dict[int, int]:
 
 
 def _with_braces(pieces: list[str], partner: dict[int, int]) -> str:
-    """Both arguments of each \\frac in braces, in one pass: `wanted` counts arguments still to come at each depth."""
+    """Puts both arguments of each \\frac in braces, in one pass: `wanted` counts those still to come at each depth."""
     out: list[str] = []
     wanted, ends = [0], []
     for i, piece in enumerate(pieces):

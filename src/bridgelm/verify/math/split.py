@@ -1,4 +1,4 @@
-"""Cutting TeX where no bracket is open. Linear, and never confused by \\{ or by an unmatched half-open interval."""
+"""Splits TeX at separators outside brackets, in linear time; \\{ and half-open intervals do not confuse it."""
 
 from __future__ import annotations
 

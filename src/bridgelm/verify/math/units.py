@@ -1,6 +1,7 @@
-"""What stands beside a number: units, money, percent, multipliers and words.
+"""Reads what stands beside a number: units, money, percent, multipliers and words.
 
-Units that both sides name must agree, or be of one kind (5 cm = 50 mm); one that only one side names is not asked for.
+Units that both answers name must be the same or of one kind (5 cm = 50 mm); a unit that only one of them names is
+ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from fractions import Fraction
 
 from bridgelm.verify.math.number import exact
 
-# name -> (what it measures, how many of the base unit)
+# name -> (what it measures, its size in base units)
 TABLE: dict[str, tuple[str, Fraction]] = {}
 
 
@@ -70,7 +71,7 @@ WORD = re.compile(r"[a-zA-Z$°¢€£]+|\^\s*\{?\s*-?\d\s*\}?|/")
 
 @dataclass(frozen=True)
 class Quantity:
-    """The text of a value and what stood beside it."""
+    """The text of a value, and what stood beside it."""
 
     text: str
     percent: bool = False
@@ -107,7 +108,7 @@ def quantity(text: str, single: bool) -> Quantity:
 
 
 def _number_like(head: str) -> bool:
-    """Whether what words follow ends like a number."""
+    """Whether the text before the words ends like a number."""
     return bool(re.search(r"(?:[\d})!]|\\pi|\^\\circ)\s*$", head)) and not head.rstrip().endswith("\\}")
 
 
@@ -127,7 +128,7 @@ def _countable(tail: str, single: bool) -> bool:
 
 
 def _multiplied(text: str, words: str) -> tuple[str, str, int]:
-    """5 million is 5 000 000."""
+    """Applies multipliers in words: 5 million is 5 000 000."""
     found = MULTIPLIER.match(words)
     if not found:
         return text, words, 1
