@@ -2,7 +2,7 @@
 
 Every rank reads the same data, draws the same numbers and runs the whole method; what costs time is dealt out, and what
 comes of it is exchanged until all have all of it. A method so sees what it would see in one process, and no count is
-summed over ranks. Weights may lie in parts (`held.py`): then sums over their elements are summed over ranks (`total`).
+summed over ranks. Weights may be in shards (`sharding.py`): sums over elements are then sums over ranks (`total`).
 Collectives are here, and those of torch's FSDP in blocks of `moving_parts`. Before each the ranks meet: they make sure
 that they are at the same one, and learn if one of them has failed, so that no rank waits for one that will not come.
 """

@@ -69,7 +69,7 @@ def fingerprint(trained: Policy) -> int:
 def standing_bytes(trained: Policy) -> int:
     """Live weights, masters, copies and optimiser states."""
     states = [t for key, t in trained.tensors().items() if t.ndim and not key.startswith("frozen/")]
-    return sum(t.numel() * t.element_size() for t in [*trained.held.local().values(), *trained.frozen.values(), *states])
+    return sum(t.numel() * t.element_size() for t in [*trained.live.sharding.local().values(), *trained.frozen.values(), *states])
 
 
 def run_on(count: int, config: Any, folder: Path) -> list[Any]:
@@ -327,7 +327,7 @@ def test_what_is_exchanged(tmp_path: Path) -> None:
 
 def test_micro_batches_are_dealt_out_evenly(raw: Make, tmp_path: Path) -> None:
     rows = [Row(np.arange(n), np.arange(n) > 0, "demo", Problem("p", ())) for n in range(3, 9)]
-    found = on_ranks(4, lambda: [i for i, _ in batching.mine(rows, 10**6, set(), False)], tmp_path)
+    found = on_ranks(4, lambda: [i for i, _ in batching.micros_of_rank(rows, 10**6, set(), False)], tmp_path)
     assert sorted(i for micros in found for micro in micros for i in micro) == list(range(6))
     assert {len(micros) for micros in found} == {1}
 

@@ -98,7 +98,7 @@ def session(method: dict[str, Any], folder: Path) -> Any:
         for pair in (pair for group in made.policy.groups.values() for pair in group.low.values()):
             for t in pair:  # w is not zero either
                 t.copy_(0.2 * torch.cos(torch.arange(t.numel(), dtype=torch.float64)).view_as(t))
-    made.policy._stale = True
+    made.policy.live.stale = True
     return made
 
 

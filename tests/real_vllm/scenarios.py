@@ -42,7 +42,7 @@ def shake(policy: Policy, step: int) -> None:
         for group in policy.groups.values():
             for t in group.flat().values():
                 t.add_(0.05 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
-    policy._stale = True
+    policy.live.stale = True
 
 
 def compare(policy: Policy, at: str, engine: VllmEngine, native: NativeEngine, found: dict[str, Any]) -> None:

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 
 from bridgelm.config.run_config import RunConfig, make_config
-from bridgelm.model import grads, storage
+from bridgelm.model import grads
 from bridgelm.model.groups import Group
+from bridgelm.model.placement import Placements
 from bridgelm.model.policy import Grads, Policy
+from bridgelm.model.storage import Noise
+from bridgelm.model.weights import Weights
 from bridgelm.types import Batch
 
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -184,10 +187,12 @@ class Shipped(Policy):
 
     def __init__(self, problem: Any, config: Any, theta: float = 0.0, w: float = 0.0) -> None:
         self.problem, self.config, self.w_start = problem, config, w
-        self.frozen, self.optimisers, self.factor, self._drifted, self._stale = {}, {}, 1.0, False, False
-        self.removable, self.lora, self.noise = False, None, storage.Noise(0)
-        self.device, self.master = torch.device("cpu"), torch.float64
-        self.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
+        self.optimisers, self.factor = {}, 1.0
+        self.live = live = Weights.__new__(Weights)
+        live.frozen, live._drifted, live.stale = {}, False, False
+        live.removable, live.lora, live.noise, live.placements = False, None, Noise(0), Placements.asked_for(config)
+        live.device, live.master = torch.device("cpu"), torch.float64
+        live.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
 
     @property
     def point(self) -> Point:

@@ -95,7 +95,7 @@ def put(session: Any, theta: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, t in session.policy.groups["theta"].full.items():
             t.copy_(theta[name])
-    session.policy._stale = True
+    session.policy.live.stale = True
 
 
 def slope(session: Any, parts: Sequence[tuple[Row, np.ndarray]]) -> dict[str, Tensor]:

@@ -350,13 +350,13 @@ def deployed(
     tried: list[float] = []
 
     def look() -> float:
-        assert policy._stale, "the live weights are to be merged anew"
-        policy._stale = False
+        assert policy.live.stale, "the live weights are to be merged anew"
+        policy.live.stale = False
         tried.append((policy.point[0] - 1.0) / 2.0)
         return accuracy(tried[-1])
 
     found = method.deploy(policy, look)
-    assert policy._stale and policy.point[1:] == (1.0, 0.7) and set(policy.groups) == {"theta", "shadow", "w"}
+    assert policy.live.stale and policy.point[1:] == (1.0, 0.7) and set(policy.groups) == {"theta", "shadow", "w"}
     return (policy.point[0] - 1.0) / 2.0, found, tried, policy
 
 

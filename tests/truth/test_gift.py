@@ -38,7 +38,7 @@ def moved(session: Open, tiny_folder: Callable[[str], Any]) -> Open:
         with torch.no_grad():
             for i, t in enumerate(made.policy.groups["theta"].flat().values()):
                 t += 0.2 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) * 1.3 + i).reshape(t.shape)
-        made.policy._stale = True
+        made.policy.live.stale = True
         return made
     return make
 
@@ -180,7 +180,7 @@ def test_both_ends_of_beta(moved: Open) -> None:
     assert grads.norm(grads.mix((1.0, found.theta), (-1.0, sft.theta))) < 1e-12 * grads.norm(sft.theta)
     still = moved(beta=0.0)
     still.policy.copy("reference", "theta")
-    still.policy._stale = True
+    still.policy.live.stale = True
     assert grads.norm(found_by(still, rows).theta) < 1e-7, "but for the floor"
 
 

@@ -51,7 +51,7 @@ def shaken(session: Any, size: float = 0.1) -> Any:
     with torch.no_grad():
         for i, t in enumerate(session.policy.groups["theta"].full.values()):
             t += size * torch.sin(torch.arange(t.numel(), dtype=t.dtype) * 1.3 + i).reshape(t.shape)
-    session.policy._stale = True
+    session.policy.live.stale = True
     return session
 
 

@@ -113,7 +113,7 @@ def moved(session: Callable[..., Any]) -> Any:
     with torch.no_grad():
         for i, t in enumerate(made.policy.groups["theta"].full.values()):
             t += 0.05 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) + i).reshape(t.shape)
-    made.policy._stale = True
+    made.policy.live.stale = True
     return made, start
 
 

@@ -86,7 +86,7 @@ def test_gradients_are_of_the_snapshot_and_w_moves_last(options: dict[str, Any])
         for name, part in before.items():
             for n, t in fresh.groups[name].flat().items():
                 t.data.copy_(part[n])
-        fresh._stale = True
+        fresh.live.stale = True
         assert equal(merged, fresh.weights(at))
     assert not equal(copy_of(policy)["theta"], before["theta"])
 

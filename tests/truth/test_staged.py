@@ -132,7 +132,7 @@ def like_grpo(module: ModuleType, folder: Path) -> None:
             assert made.roll.sampling.max_new_tokens == 8, "other methods sample as the run says"
             for name, t in made.policy.groups["theta"].full.items():
                 t.data.copy_(start[name])
-            made.policy._stale = True
+            made.policy.live.stale = True
 
 
 CHECKS: dict[str, Check] = {c.__name__: c for c in (bisection, measured_on_its_own_answers, like_grpo)}

@@ -73,7 +73,7 @@ def spread(policy: Policy, group: str, size: float, seed: int) -> None:
     with torch.no_grad():
         for t in policy.groups[group].flat().values():
             t.add_(size * torch.randn(t.shape, generator=generator, dtype=t.dtype))
-    policy._stale = True
+    policy.live.stale = True
 
 
 def build_policy(

@@ -56,7 +56,7 @@ def test_each_steps_answers_come_from_the_weights_before(raw: Raw, monkeypatch: 
         problems = [row.problem for row in rows[step][::4]]
         session.roll.begin(step)
         with session.policy.holding(weights[max(0, step - 1)]):
-            session.policy._stale = False
+            session.policy.live.stale = False
             fresh = session.roll(problems)
         for mine, theirs in zip(rows[step], fresh, strict=True):
             np.testing.assert_array_equal(mine.ids, theirs.ids)
@@ -66,7 +66,7 @@ def test_each_steps_answers_come_from_the_weights_before(raw: Raw, monkeypatch: 
                 assert mine.mismatch is not None
                 np.testing.assert_allclose(mine.old_logps - mine.mismatch, theirs.old_logps, atol=1e-9)
         with session.policy.holding(weights[step]):
-            session.policy._stale = False
+            session.policy.live.stale = False
             for mine, now in zip(rows[step], session.policy.score(rows[step]), strict=True):
                 np.testing.assert_allclose(mine.old_logps[mine.drawn], now[mine.drawn], atol=1e-9)  # type: ignore[index]
 
@@ -178,7 +178,7 @@ def test_a_device_elsewhere_draws_meanwhile(raw: Raw) -> None:
     assert begun.wait(20)
     assert calls == ["load"]
     threading.Timer(0.05, go.set).start()
-    session.policy._stale = True
+    session.policy.live.stale = True
     with session.policy.origin() as origin:
         engine.generate(origin, asked, Sampling(4))
     assert calls == ["load", "drawn", "load", "drawn"]

@@ -19,7 +19,7 @@ from bridgelm.cli.main import main
 from bridgelm.config.run_config import ModelConfig, make_config
 from bridgelm.data import model_shapes
 from bridgelm.model import forward
-from bridgelm.model.optim import SharedMoments, build, pieces
+from bridgelm.model.optim import SharedMoments, build, state_bytes
 from bridgelm.planning import durations, needs, passes
 
 PUBLISHED = {"Qwen/Qwen2.5-0.5B": 0.49, "Qwen/Qwen2.5-1.5B": 1.54, "Qwen/Qwen2.5-3B": 3.09, "Qwen/Qwen2.5-7B": 7.61,
@@ -101,13 +101,12 @@ def test_the_states_counted_are_the_states_kept(session: Callable[..., Any]) -> 
     one = session({"name": "bridge", "rank": 2})
     loop.take_step(one)
     for named in one.policy.optimisers.values():
-        kind = type(named.optimiser).__name__
         for p in named.optimiser.param_groups[0]["params"]:
-            bound = pieces(p.shape) if kind == "SharedMoments" else 0
-            kept = sum(v.numel() for v in named.optimiser.state[p].values() if v.dim())
-            assert kept == needs.STATES[kind] * p.numel() + bound
+            kept = sum(v.nbytes for v in named.optimiser.state[p].values() if v.dim())
+            assert kept == state_bytes(named.optimiser, p, False)
     assert {type(n.optimiser).__name__ for n in one.policy.optimisers.values()} == {"AdamW", SharedMoments.__name__}
-    assert type(build("sgd", one.policy.groups["theta"].flat().values(), one.config.optim, 1.0)).__name__ == "SGD"
+    sgd = build("sgd", list(one.policy.groups["theta"].flat().values()), one.config.optim, 1.0)
+    assert state_bytes(sgd, sgd.param_groups[0]["params"][0], False) == 0
 
 
 def test_a_shadow_that_rests_takes_a_gradient_of_w_more_and_less_time(need: Callable[..., needs.Need],

@@ -59,7 +59,7 @@ def shake(policy: Policy, *names: str, size: float = 0.1) -> None:
         for name in names:
             for t in policy.groups[name].flat().values():
                 t.add_(size * torch.randn(t.shape, generator=generator, dtype=t.dtype))
-    policy._stale = True
+    policy.live.stale = True
 
 
 def logits(policy: Policy, at: str = "live") -> Tensor:
@@ -143,7 +143,7 @@ def test_both_gradients_against_finite_differences(policy: MakePolicy) -> None:
             with torch.no_grad():
                 for key, t in flat.items():
                     t.add_(way[key], alpha=step)
-            made._stale = True
+            made.live.stale = True
             values.append(made.grad(terms, batch, {"nll": 1.0}).losses["nll"])
             with torch.no_grad():
                 for key, t in flat.items():

@@ -16,6 +16,7 @@ from bridgelm.config.run_config import OptimConfig, make_config
 from bridgelm.errors import UserError
 from bridgelm.model import grads, optim, storage
 from bridgelm.model.loading import load_model
+from bridgelm.model.placement import Form, Placement
 from bridgelm.training import loop
 from contract.variants import METHOD, VARIANTS
 from pretend import PretendGpu
@@ -90,14 +91,15 @@ def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
     steps = 200
     shared = [optim.build("shared_moments", [p], config, config.lr, adam) for p in (wide, narrow)]
     narrow.data = narrow.data.bfloat16()
-    form, noise = storage.Form(torch.bfloat16), storage.Noise(0)
+    form, noise = Form(torch.bfloat16), storage.Noise(0)
+    placement = Placement(form, form)
     for k in range(steps):
         g = torch.randn(64, 64, generator=generator(k)) * 0.1 + 1
         source.grad, wide.grad = g.clone(), g.clone()
         shared[0].beside, shared[1].beside = {wide: g}, {narrow: g}  # type: ignore[attr-defined]
         adam.step()
         shared[0].step()
-        storage.step(shared[1], [("x", narrow, g.clone())], form, form, torch.float32, noise)
+        placement.step(shared[1], {"x": narrow}, {"x": g.clone()}, noise)
     assert narrow.dtype == shared[1].state[narrow]["exp_avg"].dtype == torch.bfloat16
     way = float(1.5 - wide.detach().mean())
     assert way == pytest.approx(steps * config.lr, rel=0.1)

@@ -109,7 +109,7 @@ def test_weights_are_copied_when_they_have_changed(policy: Any, engine: Any) -> 
         torch.testing.assert_close(backend.weights[name], weight, rtol=0, atol=0)
     assert "lm_head.weight" in backend.weights, "tied, and still under its own name"
     assert loads() == 0
-    trained._stale = True
+    trained.live.stale = True
     assert loads() == 1
     assert [loads("shadow"), loads("shadow"), loads(), loads()] == [1, 1, 1, 0], "of a shadow it cannot know"
     made.sleep()
@@ -258,7 +258,7 @@ def test_under_an_adapter_the_base_is_kept_in_sleep(raw: Raw, policy: Any, fake:
                                                            "up_proj", "v_proj"]
     engine.sleep()
     ask(engine, trained)
-    trained._stale = True
+    trained.live.stale = True
     ask(engine, trained)
     asked = [("generate", (f"adapter-{n}", n, str(backend.folder))) for n in (1, 2)]
     assert backend.llm.calls == [asked[0], ("sleep", 1), "wake_up", asked[0], asked[1]]
@@ -298,7 +298,7 @@ def test_an_adapter_is_what_peft_reads(policy: Any, tmp_path: Path) -> None:
             for t in trained.groups[group].flat().values():
                 t.add_(0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(3)))
     base = load_model(ModelConfig(name_or_path=trained.model.config._name_or_path, device="cpu"))
-    trained._stale = True
+    trained.live.stale = True
     ids = torch.arange(3, 15)[None]
     with trained.origin() as origin, torch.no_grad():
         exchange.write_adapter(origin.adapter, 5, torch.float32, tmp_path)

@@ -1,4 +1,4 @@
-"""Rows -> Batch (with global denominators) -> micro-batches of padded tensors."""
+"""From rows to a batch with the denominators of the whole batch, and from that to micro-batches of padded tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BLANK = Row(np.zeros(2, dtype=np.int64), np.array([False, True]), "demo", Proble
 
 
 def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> Batch:
-    """Counts every stream's denominator before anything is split: a wrong denominator is one of the two
-    bugs that spoilt the SFT baselines of many papers."""
+    """Counts the denominator of every stream over all rows, before anything is split: a wrong denominator is one of the
+    two bugs that spoilt the SFT baselines of many papers."""
     counts: dict[str, float] = {}
     for row in rows:
         for name, stream in row.streams.items():
@@ -29,11 +29,12 @@ def make_batch(rows: Sequence[Row], stats: Mapping[str, Any] | None = None) -> B
 
 
 def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
-    """Several updates a rollout batch: whole groups and demonstrations are dealt out evenly, in order."""
+    """Splits the rows of a rollout batch for several updates. Groups stay whole; they and the demonstrations are dealt
+    out evenly and in order."""
     if parts == 1:
         return [list(rows)]
     part_of: dict[int, int] = {}
-    # Each policy's groups are dealt out for themselves; a group that several have a part in stays together.
+    # The groups that one policy answered are dealt out evenly; a group that several answered still stays together.
     for source in sorted({row.at for row in rows}, key=lambda at: (at != "live", at)):
         groups = sorted({row.group for row in rows if row.kind == "rollout" and row.at == source} - part_of.keys())
         part_of |= {group: i * parts // len(groups) for i, group in enumerate(groups)}
@@ -48,8 +49,8 @@ def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
-    """Two parts that share no group and no demonstration, with the counts of the whole: their gradients add up to the
-    batch's, and are two independent estimates of half of it."""
+    """Splits a batch into two that share no group and no demonstration, and keeps the denominators of the whole: the
+    two gradients add up to the batch's, and are two independent estimates of half of it."""
     where: dict[tuple[str, int], int] = {}
     parts: tuple[list[Row], list[Row]] = ([], [])
     demos = 0
@@ -62,10 +63,11 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return replace(batch, rows=tuple(parts[0])), replace(batch, rows=tuple(parts[1]))
 
 
-def mine(rows: Sequence[Row], budget: int, skip: set[int], packed: bool,
-         even: bool = False) -> list[tuple[list[int], list[Row]]]:
-    """This rank's micro-batches: indices and rows. The largest are halved until every rank has as many, if there are
-    rows enough. With `even` every rank has as many: one of no indices and a row that means nothing is put in."""
+def micros_of_rank(rows: Sequence[Row], budget: int, skip: set[int], packed: bool,
+                   even: bool = False) -> list[tuple[list[int], list[Row]]]:
+    """The micro-batches that this rank computes, each as indices and rows. The largest are halved until all ranks have
+    equally many, as far as there are rows enough. With `even` they always have: a rank that lacks a micro-batch gets
+    one of no indices and a blank row."""
     micros, ranks = plan(rows, budget, skip, packed), dist.world()
     while len(micros) % ranks and len(largest := max(micros, key=len)) > 1:
         place, half = micros.index(largest), len(largest) // 2
@@ -75,7 +77,7 @@ def mine(rows: Sequence[Row], budget: int, skip: set[int], packed: bool,
 
 
 def exchange(values: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, np.ndarray]]:
-    """What each rank found out about its rows, by name and index of the row: of all ranks."""
+    """Joins what the ranks found out about their rows, by the name of the quantity and the index of the row."""
     found = dist.gather({f"{name}/{i}": array for name, arrays in values.items() for i, array in arrays.items()})
     out: dict[str, dict[int, np.ndarray]] = {name: {} for name in values}
     for key, array in found.items():
@@ -85,8 +87,9 @@ def exchange(values: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[i
 
 
 def plan(rows: Sequence[Row], budget: int, skip: set[int], packed: bool) -> list[list[int]]:
-    """Indices of the rows of each micro-batch: one kind each, of like length, and within a budget of tokens. Those are
-    padded ones, or real ones where the model takes rows packed: then rows that share a prompt stand together."""
+    """The indices of the rows of each micro-batch. Its rows are of one kind and of similar length, and it has no more
+    than `budget` tokens. Padding counts as well, unless the model takes rows packed: then a prompt that several rows
+    share counts once, and these rows stand together."""
     micros: list[list[int]] = []
     for kind in ("demo", "rollout"):
         current: list[int] = []
@@ -121,12 +124,13 @@ def _prompt(row: Row) -> bytes:
 
 
 def idle(rows: Sequence[Row], terms: Sequence[str]) -> set[int]:
-    """Rows that cannot contribute: no weight in any of the terms. Counts were taken before, so skipping is free."""
+    """The rows that have no weight in any of the terms. Denominators are counted already, so these can be skipped."""
     return {i for i, row in enumerate(rows) if not (row.times and any(
         name in row.streams and np.any(row.streams[name].weight * row.streams[name].mask) for name in terms))}
 
 
 def collate(rows: Sequence[Row], dtype: torch.dtype, device: torch.device, stats: Mapping[str, Any]) -> Micro:
+    """The tensors of a micro-batch, padded on the right, and its layout without padding."""
     length = max(len(row.ids) for row in rows)
     shape = (len(rows), length)
 

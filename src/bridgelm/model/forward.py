@@ -1,5 +1,6 @@
-"""One forward pass of a causal LM on a micro-batch: log-probs of the own tokens (their entropy, their cross-entropy to
-another point's distribution), without padding where the model can do without, head in chunks."""
+"""One forward pass of a causal language model over a micro-batch: the log-probs of the own tokens, and on request the
+entropy of their distributions and the cross-entropy to those of another point. Rows are packed without padding where
+the model allows it, and logits are computed in chunks."""
 
 from __future__ import annotations
 
@@ -14,19 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from bridgelm.model.packing import body_of, last_hidden, packs
 from bridgelm.types import Live, Micro
 
-CHUNK = 2**24  # logits made at once: 64 MiB in float32
-KEPT = 2**28  # of a micro-batch, kept for the backward pass (1 GiB); what is beyond is computed again there
-# Models whose logits are exactly head(last hidden state). Others may scale or cap them, so their own forward is used.
+CHUNK = 2**24  # how many logits are computed at once: 64 MiB in float32
+KEPT = 2**28  # how many logits of a micro-batch the backward pass finds kept (1 GiB); it computes the others again
+# Models whose logits are exactly head(last hidden state). Others may scale or cap them, so their own code makes them.
 PLAIN_HEAD = {"qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe", "phi3", "olmo2", "smollm3"}
 
-# Of another point: its log-probs (N, V) and the tokens (N) -> the distributions (N, V) that are aimed at.
+# From another point's log-probs (N, V) and the tokens (N) to the distributions (N, V) to aim at.
 Target = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Soft:
-    """Soft targets for the own tokens: another point's last hidden states, and its head to make logits of them chunk by
-    chunk; the logits themselves where the head is not plain."""
+    """The soft targets of the own tokens: another point's last hidden states, and its head, which makes their logits
+    chunk by chunk; or, without a head, the logits themselves."""
 
     values_N: Tensor
     head: tuple[Tensor, Tensor | None] | None
@@ -56,14 +57,15 @@ def _chunk(values_N: Tensor, head: Any, token_N: Tensor, temperature_N: Tensor |
 
 
 def _where(micro: Micro) -> tuple[Tensor, Tensor]:
-    """Own tokens (B, T), and the positions that predict them (B, T - 1)."""
+    """Masks of the own tokens (B, T), and of the positions that predict them (B, T - 1)."""
     own_BT = micro.own_BT.clone()
     own_BT[:, 0] = False  # nothing predicts the first token
     return own_BT, own_BT[:, 1:]
 
 
 def _last(model: Any, micro: Micro, where: Tensor) -> tuple[Tensor, Any]:
-    """Hidden states before the own tokens and the head; their logits and no head where it is not plain."""
+    """The last hidden states of the positions that predict own tokens, and the head; where logits are more than the
+    head's output, these logits and None."""
     if packs(model):
         layout = micro.layout.to(where.device)
         return last_hidden(model, layout).index_select(0, layout.before_N), model.get_output_embeddings()
@@ -75,22 +77,22 @@ def _last(model: Any, micro: Micro, where: Tensor) -> tuple[Tensor, Any]:
 
 @torch.no_grad()
 def soft_targets(model: Any, micro: Micro, target: Target) -> Soft:
-    """From a model that has the other point's weights now; it may have others when the targets are read."""
+    """The soft targets that the model's present weights give; it may have others when the targets are used."""
     values_N, head = _last(model, micro, _where(micro)[1])
     if head is None:
         return Soft(values_N, None, target)
     bias = getattr(head, "bias", None)
     weight, bias = head.weight.data, None if bias is None else bias.data
-    if hasattr(model, "body"):  # in parts, other weights are written into the same memory
+    if hasattr(model, "body"):  # a sharded model, where other weights are written into the same memory
         weight, bias = weight.clone(), None if bias is None else bias.clone()
     return Soft(values_N, (weight, bias), target)
 
 
 def forward(model: Any, micro: Micro, entropy: bool = False, soft: Soft | None = None) -> Live:
-    """The own tokens' log-probabilities at each row's temperature, with gradients if they are switched on."""
+    """The log-probs of the own tokens at each row's temperature, with gradients if these are switched on."""
     own_BT, where = _where(micro)
     token_N = micro.ids_BT[:, 1:][where]
-    plain = bool((micro.temperature_B == 1).all())  # as good as always: no second copy of the logits then
+    plain = bool((micro.temperature_B == 1).all())  # nearly always; it saves a second copy of the logits
     temperature_N = None if plain else micro.temperature_B[:, None].expand_as(where)[where]
     values_N, head = _last(model, micro, where)
     size = len(token_N) if head is None else max(1, CHUNK // head.weight.shape[0])
@@ -107,5 +109,6 @@ def forward(model: Any, micro: Micro, entropy: bool = False, soft: Soft | None =
 
 
 def _spread(values_N: Tensor, own_BT: Tensor) -> Tensor:
+    """The values of the own tokens at the tokens' places (B, T), and zeros elsewhere."""
     out = torch.zeros(own_BT.shape, dtype=values_N.dtype, device=values_N.device)
     return out.masked_scatter(own_BT, values_N)

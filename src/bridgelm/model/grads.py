@@ -14,7 +14,7 @@ Gradient = dict[str, Tensor]
 
 
 def mix(*terms: tuple[float, Gradient]) -> Gradient:
-    """Sum of coefficient times gradient, all over the same parameters."""
+    """The weighted sum of gradients over the same parameters, as new tensors."""
     names = list(terms[0][1])
     assert all(list(g) == names for _, g in terms), "gradients over different parameters"
     first, *rest = terms
@@ -25,14 +25,14 @@ def mix(*terms: tuple[float, Gradient]) -> Gradient:
 
 
 def whole(name: str) -> bool:
-    """Whether every rank holds all of it, where weights lie in parts: the A of a low-rank term, and what an optimiser
-    keeps of it; a count of steps."""
+    """Whether every rank has all of a tensor even where weights are sharded: the A of a low-rank term with what an
+    optimizer keeps of it, and a count of steps."""
     own, _, state = name.partition("|")
     return own.endswith(":A") or state == "step" or own.startswith("random/")
 
 
 def rows(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many rows each tensor has, those that lie with other ranks included."""
+    """How many rows each tensor has, those of other ranks included."""
     own = {name: len(t) for name, t in tensors.items() if t.ndim}
     if not dist.parted():
         return own
@@ -41,14 +41,14 @@ def rows(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def total(parts: Mapping[str, float]) -> float:
-    """Sum over parameters of what each rank found for its part."""
+    """The sum, over parameters and over ranks, of what each rank computed from its shards."""
     once = dist.first() or not dist.parted()
     return dist.total(math.fsum(x for n, x in parts.items() if once or not whole(n)))
 
 
 def blend(first: tuple[float, Gradient], second: tuple[float, Gradient]) -> Gradient:
-    """As `mix` of two, tensor by tensor in the memory of the first. Both are emptied, so that what nobody else holds of
-    them is free at once; the first may lie in host memory."""
+    """What `mix` computes of two gradients, tensor by tensor in the memory of the first. Both are emptied meanwhile, so
+    that tensors that nobody else uses are freed at once. The first may lie in host memory."""
     (a, gradient), (b, other) = first, second
     assert list(gradient) == list(other), "gradients over different parameters"
     out = {}

@@ -5,24 +5,26 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bridgelm.model.grads import Gradient
+from bridgelm.model.placement import AT_HAND, Placement
 
 
 @dataclass
 class Group:
-    """Trainable tensors by weight name: `full` matrices, and pairs (A, B) of a low-rank term."""
+    """Trainable tensors by the name of the weight: whole matrices in `full`, and pairs (A, B) of low-rank terms in
+    `low`."""
 
     full: dict[str, Tensor] = field(default_factory=dict)
     low: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scale: float = 1.0
-    gradients: dict[str, Any] = field(default_factory=dict)  # their dtype and device, where the tensors' are others
+    placement: Placement = AT_HAND  # where its tensors lie between uses
 
     def flat(self) -> Gradient:
+        """All tensors by a name of their own: the weight's name, or NAME:A and NAME:B of a low-rank term."""
         pairs = {f"{name}:{side}": t for name, ab in self.low.items() for side, t in zip("AB", ab, strict=True)}
         return {**self.full, **pairs}
 
@@ -33,14 +35,17 @@ class Group:
                      {n: (copy(a), copy(b)) for n, (a, b) in self.low.items()}, self.scale)
 
     def delta(self, name: str) -> Tensor:
+        """The low-rank term s B A of a weight, as a new tensor of the weight's shape."""
         a, b = self.low[name]
-        return (b.detach() @ a.detach()).mul_(self.scale)  # a tensor of its own, as large as a weight
+        return (b.detach() @ a.detach()).mul_(self.scale)
 
     def zeros(self) -> Gradient:
-        return {name: torch.zeros_like(t, requires_grad=False, **self.gradients) for name, t in self.flat().items()}
+        """An empty gradient of the group."""
+        return {name: self.placement.zeros(t) for name, t in self.flat().items()}
 
     def collect(self, into: Gradient, name: str, g: Tensor) -> None:
-        """From G = dL/dW of one weight to the gradients of what it is made of: G, s G A^T and s B^T G."""
+        """Adds G = dL/dW of one weight to the gradients of what the weight is made of: G itself for a whole matrix,
+        s B^T G for A, and s G A^T for B."""
         if name in self.full:
             into[name] += g
         if name in self.low:
@@ -51,7 +56,7 @@ class Group:
 
 def low_rank(shapes: Mapping[str, torch.Size], rank: int, alpha: float, dtype: torch.dtype, device: torch.device,
              seed: int, salt: str) -> Group:
-    """LoRA's usual start: A uniform, B zero, so that the term is zero but has a gradient."""
+    """Low-rank terms at LoRA's usual start: A is uniform and B is zero, so that the term is zero but has a gradient."""
     low = {}
     for name, (rows, columns) in shapes.items():
         generator = torch.Generator().manual_seed(seed + zlib.crc32(f"{salt}/{name}".encode()))
@@ -62,12 +67,13 @@ def low_rank(shapes: Mapping[str, torch.Size], rank: int, alpha: float, dtype: t
 
 
 def trainable(groups: Iterable[Group]) -> set[str]:
+    """The names of all weights that some group has a part in."""
     return {name for group in groups for name in (*group.full, *group.low)}
 
 
 def stacked(groups: Iterable[Group]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The sum of low-rank terms as one term (A, B) a matrix, its rank the sum of theirs: [A1; A2] and [s1 B1, s2 B2].
-    The scales are in B."""
+    """The sum of several groups' low-rank terms as one term (A, B) for each matrix, of the rank that theirs add up to:
+    A = [A1; A2] and B = [s1 B1, s2 B2], which contains the scales."""
     groups = list(groups)
     out = {}
     for name in dict.fromkeys(name for group in groups for name in group.low):

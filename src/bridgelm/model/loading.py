@@ -1,4 +1,4 @@
-"""Opens a Hugging Face causal LM for training: safetensors only, no remote code."""
+"""Opens a Hugging Face causal language model for training: from safetensors only, and without remote code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bridgelm.data.model_shapes import model_path
 from bridgelm.errors import UserError
 from bridgelm.model.offload import offload
 
-ROW = 8  # tokens that are scored to see whether a model repeats itself
-ROUNDING = 16  # units in the last place: a device may add up in another order each time
+ROW = 8  # how many tokens are scored to see whether a model gives the same numbers again
+ROUNDING = 16  # units in the last place by which they may differ: a device may add up in another order each time
 
 
 def pick_device(name: str, section: str = "model") -> torch.device:
@@ -47,7 +47,7 @@ def load_model(config: ModelConfig) -> Any:
 
 
 def open_whole(path: str, section: str = "model", **options: Any) -> Any:
-    """A model of which every weight was read from its files: transformers fills up what is not there by chance."""
+    """A model of which every weight was read from its files. transformers alone would draw missing ones at random."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def open_whole(path: str, section: str = "model", **options: Any) -> Any:
     opened: Any
     try:
         opened = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True,
-                                                      ignore_mismatched_sizes=True)  # they are in the report
+                                                      ignore_mismatched_sizes=True)  # `info` lists them
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{section}.name_or_path: {path!r} cannot be opened as a causal language model "
@@ -66,17 +66,17 @@ def open_whole(path: str, section: str = "model", **options: Any) -> Any:
 
 
 def prepared(model: Any, config: ModelConfig) -> Any:
-    """Without chance, and with what is asked for to save memory."""
+    """A model without dropout, and with what the configuration asks for to save memory."""
     if config.offload_activations:
         offload(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model, config.section)
-    return model.eval()  # dropout, and noise of any other kind, is for training mode alone
+    return model.eval()  # dropout and any other noise belong to training mode
 
 
 def checkpoint_layers(model: Any, section: str = "model") -> None:
-    """From now on. transformers checkpoints in training mode only, where many families add noise outside of any module
-    that could be switched off."""
+    """From now on, layers keep only their inputs for the backward pass. transformers itself does this in training mode
+    only, where many families add noise outside of any module that could be switched off."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -84,17 +84,17 @@ def checkpoint_layers(model: Any, section: str = "model") -> None:
         raise UserError(f"{section}.gradient_checkpointing: the layers of a {type(model).__name__} cannot be "
                         "checkpointed; set it to false")
     for layer in layers:
-        layer.forward = partial(_checkpointed, layer)  # of the layer alone: hooks around it run once
+        layer.forward = partial(_checkpointed, layer)  # not `__call__`: hooks around it run once
 
 
 def _checkpointed(layer: Any, *args: Any, **inputs: Any) -> Any:
-    forward = partial(type(layer).forward, layer, **inputs)  # FSDP2 makes another class of the layer's
+    forward = partial(type(layer).forward, layer, **inputs)  # the class is FSDP2's by now, if sharded
     return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
 def check_repeatable(model: Any, section: str = "model") -> None:
-    """One short row, scored twice as in training and once as in rollouts: ratios of probabilities mean something only
-    if these are the same."""
+    """Scores one short row twice as in training and once as in rollouts. Ratios of probabilities mean something only if
+    the three agree."""
     row = torch.arange(min(ROW, len(model.get_input_embeddings().weight)), device=model.device)[None]
     drawn = _generator_states(model.device)
 
@@ -117,5 +117,5 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 
 def peak_device_memory() -> dict[str, float]:
-    """For run.json: the peak of the GPU, where there is one."""
+    """The peak memory of the GPU, if there is one, for run.json."""
     return {"peak_device_memory_mb": torch.cuda.max_memory_allocated() / 2**20} if torch.cuda.is_available() else {}

@@ -1,7 +1,8 @@
-"""What a forward pass saves for the way back, in host memory meanwhile.
+"""Keeps in host memory what a forward pass saves for the backward pass.
 
-With gradient checkpointing that is the input of each layer; without, everything that layers save. Weights stay where
-they are, and what several operations save is moved once. Logits are not of the layers: they stay (`forward.KEPT`).
+With gradient checkpointing that is the input of each layer; without it, everything that the layers save. Weights stay
+where they are, and a tensor that several operations save is moved once. Logits stay on the device, since no layer saves
+them; `forward.KEPT` limits them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bridgelm.model import storage
 
-SMALL = 2**16  # bytes that are not worth the way
+SMALL = 2**16  # smaller tensors, in bytes, are not worth moving
 
 
 class Parked:
@@ -29,7 +30,7 @@ class Parked:
 
 
 class Saved:
-    """Hooks for one forward pass."""
+    """The hooks of one forward pass, which move what it saves to host memory and back."""
 
     def __init__(self) -> None:
         self.parked: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[Parked]]] = {}
@@ -41,7 +42,7 @@ class Saved:
         memory = t.untyped_storage()
         key = (memory._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version)
         source, known = self.parked.get(key, (None, None))
-        found = known() if known and source and source() is memory else None  # its number may be another's by now
+        found = known() if known and source and source() is memory else None  # else the number is another's by now
         if found is None:
             found = Parked(t.detach())
             self.parked[key] = weakref.ref(memory), weakref.ref(found)
@@ -53,7 +54,7 @@ class Saved:
 
 
 def offload(model: Any) -> None:
-    """From now on, for every pass through the model's layers."""
+    """From now on, every pass through the model's layers keeps what it saves in host memory."""
     passes: list[saved_tensors_hooks] = []
 
     def before(*args: Any) -> None:

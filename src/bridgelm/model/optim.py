@@ -1,4 +1,4 @@
-"""Optimisers over plain tensors, one that borrows another's second moments, and what their last step did."""
+"""Optimizers over plain tensors, one of which borrows another's second moments, and what their last step did."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bridgelm.model import grads
 
 BLOCK = 256  # values of an eight-bit moment that share a scale
 WIDTH = 32  # neighbours that share a bound on the second moments that SharedMoments does not keep
-SLACK = 4.0  # how much larger than the source's its own root moments may be before that bound is felt
-QMAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # the values that codes stand for, by bitsandbytes' names
+SLACK = 4.0  # how much larger than the source's own root moments may be before that bound takes effect
+QMAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # bitsandbytes' tables of the values that eight-bit codes stand for
 
 
 class SharedMoments(torch.optim.Optimizer):
@@ -31,9 +31,9 @@ class SharedMoments(torch.optim.Optimizer):
         max(v, u / SLACK^2),    v = EMA(h^2),    u = EMA(max over a piece of a row of [g^2 - h^2]+) >= EMA(g^2) - v
 
     with one number u for each piece of WIDTH neighbours. No element then moves further than sqrt(1 + SLACK^2) times
-    what Adam would have moved it for the same gradients, and u is zero while both see the same ones.
+    what Adam would have moved it for the same gradients, and u is zero while both see the same gradients.
 
-    `beside` holds h, the gradients of the step that the source has just taken, by this optimiser's own parameters.
+    `beside` holds h, the gradients of the step that the source has just taken, by this optimizer's own parameters.
     """
 
     def __init__(self, params: Iterable[Tensor], source: torch.optim.Optimizer, lr: float) -> None:
@@ -69,7 +69,8 @@ class SharedMoments(torch.optim.Optimizer):
         return self.source.param_groups[0]["params"][index]
 
     def denominator(self, p: Tensor) -> Tensor:
-        """Of the step just taken. Both averages start at zero, and each is divided by what its steps have given it."""
+        """What the momentum was divided by in the step just taken. Both running means start at zero, and each is
+        corrected for that by its own number of steps."""
         group, state, other = self.param_groups[0], self.state[p], self.source.state[self.partner(p)]
         assert other, "the source of the second moments has not stepped yet"
         beta2 = group["betas"][1]
@@ -79,19 +80,19 @@ class SharedMoments(torch.optim.Optimizer):
 
 
 def piecewise_max(t: Tensor) -> Tensor:
-    """The largest of each WIDTH neighbours in a row; of a vector, each element for itself."""
+    """The largest element of each piece of WIDTH neighbours in a row; in a vector, each element is a piece."""
     if t.dim() < 2:
         return t
     return torch.nn.functional.max_pool1d(t.flatten(0, -2)[:, None], WIDTH, ceil_mode=True).view(*t.shape[:-1], -1)
 
 
 def pieces(shape: torch.Size) -> int:
-    """How many numbers `piecewise_max` makes of a tensor."""
+    """The number of pieces that `piecewise_max` cuts a tensor into."""
     return math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) * -(-shape[-1] // WIDTH)
 
 
 def spread(values: Tensor, shape: torch.Size) -> Tensor:
-    """The number of its piece for each element."""
+    """Gives each element the number that belongs to its piece."""
     return values if len(shape) < 2 else values.repeat_interleave(WIDTH, -1)[..., :shape[-1]]
 
 
@@ -102,7 +103,7 @@ def build(kind: str, params: list[Tensor], config: OptimConfig, lr: float,
     betas = (config.betas[0], config.betas[1])
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay,
-                                 fused=params[0].is_cuda or None)  # the other kinds make copies of the weights
+                                 fused=params[0].is_cuda or None)  # the other implementations copy the weights
     if kind == "adamw8bit":
         return _eight_bit()(params, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     assert kind == "shared_moments"
@@ -118,8 +119,9 @@ def _eight_bit() -> Any:
         raise UserError(NO_LIBRARY) from None
 
     class RowBlocks(AdamW8bit):
-        """Takes eight bits by the shape of a row, not by size, so that ranks with some of the rows do as one process
-        does; and a part without rows, for which kernels are not made."""
+        """Decides by the length of a row, not by the size of a weight, whether moments take eight bits, so that a
+        rank with a shard decides as a process with the whole weight does. Accepts an empty shard, which the kernels do
+        not."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(gindex, pindex, group) | {
@@ -135,16 +137,26 @@ def _eight_bit() -> Any:
 
 
 def in_blocks(t: Tensor) -> bool:
-    """Whether the rows of a weight are made of whole blocks: only then its moments take eight bits."""
+    """Whether the rows of a weight consist of whole blocks: only then its moments take eight bits."""
     return t.dim() > 1 and t.shape[-1] % BLOCK == 0
 
 
+def state_bytes(optimiser: torch.optim.Optimizer, p: Tensor, eight_bit: bool) -> int:
+    """The size of what an optimizer will keep of a weight, whose moments lie as the weight does. With `eight_bit`, an
+    AdamW stands for one that keeps blocks of eight-bit codes where it can, each with its scale."""
+    if isinstance(optimiser, SharedMoments):
+        return (p.numel() + pieces(p.shape)) * p.element_size()
+    if isinstance(optimiser, torch.optim.AdamW):
+        return int(2 * p.numel() * (1 + 4 / BLOCK if eight_bit and in_blocks(p) else p.element_size()))
+    return 0
+
+
 def moment(state: dict[str, Any], which: int) -> Tensor:
-    """The running mean of the gradient (1) or of its square (2); of eight bits, as bitsandbytes keeps them."""
+    """The running mean of the gradient (1) or of its square (2), decoded where bitsandbytes keeps it in eight bits."""
     if (key := ("exp_avg", "exp_avg_sq")[which - 1]) in state:
         return state[key]
     codes = state[f"state{which}"]
-    if codes.dtype != torch.uint8:  # of rows that are not made of whole blocks
+    if codes.dtype != torch.uint8:  # rows that do not consist of whole blocks are kept in float32
         return codes
     largest = state[f"absmax{which}"].repeat_interleave(BLOCK).view_as(codes)
     return state[f"qmap{which}"][codes.int()] * largest
@@ -152,9 +164,9 @@ def moment(state: dict[str, Any], which: int) -> Tensor:
 
 def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, Any],
                 device: torch.device | None = None) -> Tensor | None:
-    """sqrt(v) + eps of Adam's denominator, bias corrected, on a device or where p is; None where the optimiser has no
-    such thing. Infinite where no gradient has been seen yet (an embedding that had no token): 1/eps there would drown
-    everything else."""
+    """Adam's denominator sqrt(v) + eps, bias corrected, on `device` or else on that of p; None if the optimizer has no
+    second moments. It is infinite where there was no gradient yet (the embedding of a token that has not occurred):
+    otherwise 1/eps would drown everything else there."""
     device = device or p.device
     source = optimiser
     if isinstance(optimiser, SharedMoments):
@@ -168,15 +180,15 @@ def root_moment(optimiser: torch.optim.Optimizer, p: Tensor, group: dict[str, An
 
 
 def last_step_norm(optimiser: torch.optim.Optimizer, names: Iterable[str]) -> float:
-    """Norm of the last update (weight decay aside), from the optimiser's own state: no copy of the weights is needed.
-    Plain SGD keeps no trace of its gradient, so `policy.apply` measures that one itself."""
+    """The norm of the last step without its weight decay, computed from the optimizer's state, so that no copy of the
+    weights is needed. SGD has no state; `policy.apply` computes the norm of its step."""
     params = optimiser.param_groups[0]["params"]
     found = {name: square_of_step(optimiser, p) for name, p in zip(names, params, strict=True)}
     return math.sqrt(grads.total(found))
 
 
 def square_of_step(optimiser: torch.optim.Optimizer, p: Tensor) -> float:
-    """Of one tensor; 0 where it has not been stepped, or the optimiser keeps no trace."""
+    """The squared norm of one tensor's last step; 0 if it has not been stepped, or the optimizer has no state."""
     group, state = optimiser.param_groups[0], optimiser.state.get(p, {})
     if "exp_avg" not in state and "state1" not in state:
         return 0.0
@@ -188,22 +200,22 @@ def square_of_step(optimiser: torch.optim.Optimizer, p: Tensor) -> float:
 
 
 def tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The state of a one-group optimiser as flat named tensors, for a checkpoint that is never unpickled. All but the
-    count of steps have the rows of the parameter."""
+    """The state of an optimizer with one group, as named tensors for a checkpoint that is never unpickled. All of them
+    but the count of steps have as many rows as the weight."""
     params = optimiser.param_groups[0]["params"]
-    return {f"{name}|{key}": _scales(value, p) if key.startswith("absmax") else torch.as_tensor(value)
+    return {f"{name}|{key}": _by_row(value, p) if key.startswith("absmax") else torch.as_tensor(value)
             for name, p in zip(names, params, strict=True) for key, value in optimiser.state.get(p, {}).items()
             if value is not None and key not in QMAPS}
 
 
-def _scales(absmax: Tensor, p: Tensor) -> Tensor:
-    """Those of a row in a row."""
+def _by_row(absmax: Tensor, p: Tensor) -> Tensor:
+    """The scales of a weight's blocks as a matrix, of which each row has the scales of one row of the weight."""
     return absmax.view(len(p), -1) if len(p) else absmax.view(0, math.prod(p.shape[1:]) // BLOCK)
 
 
 def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict[str, Tensor],
                  device: torch.device) -> None:
-    """`device` is where the moments lie."""
+    """Reads what `tensors` gave. The moments are put on `device`."""
     by_name = dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
     for full_key, value in saved.items():
         name, _, key = full_key.rpartition("|")
@@ -213,7 +225,7 @@ def load_tensors(optimiser: torch.optim.Optimizer, names: list[str], saved: dict
             qmap = key.replace("absmax", "qmap")
             optimiser.state[p][qmap] = optimiser.name2qmap[QMAPS[qmap]].to(device)  # type: ignore[attr-defined]
         elif key != "step":
-            wide = {value.dtype, p.dtype} <= {torch.float32, torch.float64}  # a run may go on in another precision
+            wide = {value.dtype, p.dtype} <= {torch.float32, torch.float64}  # a run may be resumed in another precision
             optimiser.state[p][key] = value.to(device, p.dtype if wide else value.dtype)
         elif isinstance(optimiser, torch.optim.AdamW | SharedMoments):
             optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value

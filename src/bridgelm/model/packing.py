@@ -1,8 +1,8 @@
-"""A micro-batch without padding: the tokens of all rows in one line, a prompt that several rows share only once.
+"""Packs a micro-batch without padding: the tokens of all rows stand in one line, a prompt that several rows share once.
 
-Everything but attention looks at one token at a time, so it never sees a gap. Attention is done in frames, rows of like
-length side by side with their keys and values brought there: nothing is seen across rows, and a shared prompt gets the
-gradients of all its rows. Frames are padded on the right, where a causal mask hides it.
+Everything but attention looks at one token at a time. Attention is computed in frames: rows of similar length, one
+below the other, to which queries, keys and values are copied. No row attends to another one, and a shared prompt gets
+the gradients of all its rows. Frames are padded on the right, where a causal mask hides the padding.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from bridgelm.types import Frame, Layout, Row
 
-NAME = "bridgelm"  # of our attention function among those of transformers
+NAME = "bridgelm"  # what our attention function is called among those of transformers
 PACKABLE = {"qwen2", "qwen3", "llama", "mistral", "qwen2_moe", "qwen3_moe"}
-LIKE, SMALL = 0.7, 2048  # a frame ends where rows are shorter than this share of it, once it has so many tokens
+# A frame that has SMALL tokens takes no row that is shorter than this share of its longest.
+LIKE, SMALL = 0.7, 2048
 
 
 def packs(model: Any) -> bool:
-    """Whether a model's tokens meet in causal attention over the whole row and nowhere else."""
+    """Whether a model can take rows packed: its tokens influence each other only by causal attention to the whole row
+    before them."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (config.model_type in PACKABLE and kinds == {"full_attention"}
@@ -31,11 +33,12 @@ def packs(model: Any) -> bool:
 
 
 def prefix(row: Row) -> int:
-    """How many tokens stand before the first own one: what rows of one problem may share."""
+    """How many tokens stand before the first own one. Rows of one problem may share these."""
     return int(row.own.argmax()) if row.own.any() else 0
 
 
 def line_up(rows: Sequence[Row]) -> Layout:
+    """The place of each row's tokens in the line and in the frames."""
     order = sorted(range(len(rows)), key=lambda b: len(rows[b].ids), reverse=True)
     frames: list[list[int]] = []
     for b in order:
@@ -43,7 +46,7 @@ def line_up(rows: Sequence[Row]) -> Layout:
         if not frames or (len(rows[b].ids) < LIKE * longest and longest * len(frames[-1]) >= SMALL):
             frames.append([])
         frames[-1].append(b)
-    starts: dict[bytes, int] = {}  # of the prompts in the line
+    starts: dict[bytes, int] = {}  # where each prompt begins in the line
     ids, positions, places, tables = [], [], [], []
     before: dict[int, np.ndarray] = {}
     length = offset = 0
@@ -76,17 +79,18 @@ def line_up(rows: Sequence[Row]) -> Layout:
 
 
 def last_hidden(model: Any, layout: Layout) -> Tensor:
-    """The last hidden states (N, D) of the tokens in line."""
+    """The last hidden states (N, D) of the tokens in the line."""
     _registered()
-    model.config._attn_implementation = NAME  # the same as `sdpa` wherever nothing is packed
-    # A mask of four dimensions counts as ready made, so that transformers makes none of (N, N).
+    model.config._attn_implementation = NAME  # it does what `sdpa` does where nothing is packed
+    # transformers takes a mask of four dimensions as it is, and so does not make one of shape (N, N).
     ready = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids_N.device)
     return body_of(model)(input_ids=layout.ids_N[None], position_ids=layout.position_N[None], attention_mask=ready,
                           use_cache=False, packed=layout).last_hidden_state[0]
 
 
 def body_of(model: Any) -> Any:
-    """All of it before the head; of a model in parts by the way through its outermost module (held.py)."""
+    """The model without its head. A sharded model has a method for it that goes through its outermost module
+    (sharding.py)."""
     return getattr(model, "body", model.base_model)
 
 
@@ -116,6 +120,6 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Ten
 
 
 def _framed(x: Tensor, frame: Frame) -> Tensor:
-    """(1, heads, N, d) -> (rows, heads, length, d)."""
+    """Copies what belongs to a frame there: (1, heads, N, d) -> (rows, heads, length, d)."""
     x = x[0].transpose(0, 1).index_select(0, frame.tokens)
     return x.unflatten(0, (frame.rows, -1)).transpose(1, 2)

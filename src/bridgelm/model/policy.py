@@ -1,13 +1,14 @@
-"""The policy: gradients and steps of the groups of weights that one live model is made of (`weights.py`).
+"""The policy: gradients and optimizer steps of the groups of weights that one live model is made of (`weights.py`).
 
 The live model holds merged weights and has no adapter modules. One ordinary backward pass gives G = dL/dW, and from it
-dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients for two small products a matrix.
+dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients cost two small products for each matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from bridgelm import dist
 from bridgelm.config.run_config import OptimConfig
+from bridgelm.engine import Origin
 from bridgelm.ledger import Ledger
-from bridgelm.model import batching, grads, optim, storage
+from bridgelm.model import batching, grads, optim
 from bridgelm.model.forward import Soft, Target, forward, soft_targets
 from bridgelm.model.grads import Gradient
 from bridgelm.model.groups import Group, trainable
-from bridgelm.model.held import Whole
 from bridgelm.model.packing import packs
+from bridgelm.model.placement import Placements
+from bridgelm.model.sharding import Sharding, Whole
 from bridgelm.model.weights import Weights
 from bridgelm.types import Batch, Live, Micro, Row
 
@@ -33,63 +36,106 @@ Terms = Callable[[Micro, Live], Mapping[str, Tensor]]
 
 @dataclass
 class Grads:
-    """What one pass found: gradients by group, the value of each term, and the rows' log-probs (by row index)."""
+    """What one pass found: the gradients of theta and w, the value of each term, and the log-probs of each row, by the
+    row's index."""
 
     theta: Gradient
     w: Gradient
     losses: dict[str, float]
     logps: dict[int, np.ndarray]
-    entropies: dict[int, np.ndarray] = field(default_factory=dict)  # of the same rows, where they were asked for
+    entropies: dict[int, np.ndarray] = field(default_factory=dict)  # of the same rows, if they were asked for
 
 
 @dataclass
 class Named:
-    """A declared optimiser, the group it steps, and its rate before the schedule."""
+    """A declared optimizer, the group that it steps, and its learning rate before the schedule."""
 
     optimiser: torch.optim.Optimizer
     group: str
     lr: float
-    moved: float = 0.0  # norm of the last step
-    shrink: float = 1.0  # clip factor of the last step
+    moved: float = 0.0  # the norm of the last step
+    shrink: float = 1.0  # what clipping multiplied the last gradient with
 
 
-class Policy(Weights):
+class Policy:
+    """What a method updates. It has weights (`live`), optimizers that step them, and a ledger of the tokens used."""
+
     def __init__(self, model: Any, config: OptimConfig, ledger: Ledger, micro_tokens: int, seed: int = 0,
-                 lora: tuple[int, float, str] | None = None, hold: Callable[[Any], Whole] = Whole) -> None:
-        super().__init__(model, seed, lora, hold)
+                 lora: tuple[int, float, str] | None = None, sharding: Callable[[Any], Sharding] = Whole) -> None:
+        self.live = Weights(model, Placements.asked_for(config), seed, lora, sharding)
         self.config, self.ledger, self.micro_tokens = config, ledger, micro_tokens
         self.optimisers: dict[str, Named] = {}
         self.factor = 1.0  # of the learning-rate schedule
-        self.noise = storage.Noise(self.seed, self.held.first_row)
-        self._settle("theta")
 
-    @torch.no_grad()
+    # -- its weights, which do all this themselves (weights.py) ----------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        return self.live.model
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.live.params
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        return self.live.groups
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        return self.live.frozen
+
+    @property
+    def device(self) -> torch.device:
+        return self.live.device
+
+    def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False,
+              removable: bool = False) -> None:
+        self.live.add_w(rank, alpha, pattern, exclusive, removable)
+
+    def fork(self, name: str, of: str = "theta") -> None:
+        self.live.fork(name, of)
+
+    def copy(self, source: str, target: str) -> None:
+        self.live.copy(source, target)
+
+    def lean(self, name: str, toward: str, share: float) -> None:
+        self.live.lean(name, toward, share)
+
+    def offset(self, direction: Gradient, size: float) -> AbstractContextManager[str]:
+        return self.live.offset(direction, size)
+
+    def weights(self, at: str = "live") -> dict[str, Tensor]:
+        return self.live.weights(at)
+
+    def at(self, point: str = "live") -> AbstractContextManager[Any]:
+        return self.live.at(point)
+
+    def gathered(self, point: str = "live") -> AbstractContextManager[Any]:
+        return self.live.gathered(point)
+
+    def origin(self, point: str = "live") -> AbstractContextManager[Origin]:
+        return self.live.origin(point)
+
+    def holding(self, weights: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]]) -> AbstractContextManager[Any]:
+        return self.live.holding(weights)
+
+    def park(self, gradient: Gradient) -> None:
+        """Puts a gradient that waits for another one where the configuration lets it wait."""
+        self.live.placements.park(gradient)
+
     def absorb(self, keep_reference: bool = False, keep_optimiser: bool = False) -> None:
-        """Ends a stage: w becomes part of theta (of the frozen base in LoRA training), a removable one, the forks and
-        the optimisers go."""
-        theta, w = self.groups["theta"], self._w("live")
-        for name in w.low:
-            target = theta.full.get(name, self.frozen.get(name))
-            assert target is not None
-            target.copy_(target.to(self.device, self.master) + w.delta(name))
-        if theta.full:  # matrices that only w trained come back to theta
-            theta.full |= {name: t.to(self.master).requires_grad_() for name, t in self.frozen.items()}
-            self.frozen = {}
-        elif self.lora:  # and so do adapters, at their start
-            fresh = self._low_rank("theta", *self.lora).low
-            theta.low = {name: theta.low.get(name, pair) for name, pair in fresh.items()}
-        kept = {"theta", "reference"} if keep_reference else {"theta"}
-        self.groups = {name: group for name, group in self.groups.items() if name in kept}
+        """Ends a stage: w becomes part of theta, and the other groups and the optimizers go, but for what is kept."""
+        self.live.absorb(keep_reference)
         self.optimisers = {n: o for n, o in self.optimisers.items() if keep_optimiser and n == "theta"}
         for named in self.optimisers.values():
-            named.optimiser.param_groups[0]["params"] = list(theta.flat().values())
-        self._drifted, self._stale, self.removable = bool(w.low) or self._drifted, True, False
+            named.optimiser.param_groups[0]["params"] = list(self.groups["theta"].flat().values())
 
     # -- gradients and steps ---------------------------------------------------------------------------------------
 
     def optimiser(self, name: str, group: str | None = None, lr: float | None = None, kind: str | None = None,
                   moments_of: str | None = None) -> None:
-        """Declares an optimiser, up front, so that a checkpoint knows it."""
+        """Declares an optimizer, before the first step and before a checkpoint is read, which holds its state."""
         group, lr = group or name, self.config.lr if lr is None else lr
         if name in self.optimisers:  # kept from the stage before
             self.optimisers[name].lr = lr
@@ -100,26 +146,27 @@ class Policy(Weights):
 
     def grad(self, terms: Terms, batch: Batch, coef: Mapping[str, float], at: str = "live",
              entropy: bool = False, soft: tuple[str, Target] | None = None) -> Grads:
-        """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, at one snapshot.
-        `soft` is another point and what to make of its distributions; `live.cross_BT` is the cross-entropy to that."""
-        group, w = self._theta(at), self._w(at)
+        """Gradient of sum_name coef[name] * sum(term * scale) / count at the weights of a point, which stand still
+        meanwhile. `soft` names another point, and says which distributions to aim at, given that point's own ones;
+        `live.cross_BT` is the cross-entropy to these."""
+        group, w = self.live.parts(at)
         theirs = self.weights(soft[0]) if soft else {}
-        wanted = trainable((group, w))
-        self.held.train_only(wanted)
+        self.live.sharding.train_only(trainable((group, w)))
         out = Grads(group.zeros(), w.zeros(), dict.fromkeys(coef, 0.0), {})
         idle = batching.idle(batch.rows, list(coef))
         broken: list[str] = []
-        micros = batching.mine(batch.rows, self.micro_tokens, idle, packs(self.model), dist.parted())
+        micros = batching.micros_of_rank(batch.rows, self.micro_tokens, idle, packs(self.model), dist.parted())
 
         def run(rows: list[Row], counted: bool) -> tuple[Live, dict[str, Tensor], bool]:
-            """Adds the gradient of a micro-batch; what it found, and whether the loss and the gradient are finite."""
-            micro = batching.collate(rows, self.master, self.device, batch.stats)
-            targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # weights stand still after it
+            """Adds the gradient of a micro-batch. Returns the pass, its terms, and whether loss and gradient are
+            finite."""
+            micro = batching.collate(rows, self.live.master, self.device, batch.stats)
+            targets = self._soft_targets(micro, theirs, soft[1]) if soft else None  # first: it swaps the weights
             live = forward(self.model, micro, entropy, targets)
             parts = self._parts(terms(micro, live), batch, micro, coef) if counted else {}
             loss = torch.stack(list(parts.values())).sum() if parts else 0.0 * live.logp_BT.sum()
-            sizes = [loss.detach().abs().float()]  # and the largest element of each weight's gradient
-            with self.held.handing_over(partial(self._collect, ((group, out.theta), (w, out.w)), sizes)):
+            sizes = [loss.detach().abs().float()]  # then the largest element of each weight's gradient
+            with self.live.sharding.handing_over(partial(self._collect, ((group, out.theta), (w, out.w)), sizes)):
                 loss.backward()
             return live, parts, bool(torch.stack(sizes).isfinite().all())
 
@@ -134,7 +181,7 @@ class Policy(Weights):
                 self._keep(out.logps, indices, rows, live.logp_BT)
                 if live.entropy_BT is not None:
                     self._keep(out.entropies, indices, rows, live.entropy_BT)
-        if broken:  # said only now: in between, other ranks wait for this one's parts
+        if broken:  # raised only here: in the loop, other ranks wait for this one's shards
             raise FloatingPointError(f"the loss or the gradient of {' and '.join(broken[:3])} is not finite "
                                      f"({out.losses}): stopped before the step")
         tokens = sum(len(row.ids) for i, row in enumerate(batch.rows) if i not in idle)
@@ -146,14 +193,14 @@ class Policy(Weights):
     @staticmethod
     def _parts(values: Mapping[str, Tensor], batch: Batch, micro: Micro,
                coef: Mapping[str, float]) -> dict[str, Tensor]:
-        """What each term adds to the loss."""
+        """What each term adds to the loss of the batch."""
         assert coef.keys() & micro.weight.keys() <= values.keys(), "a weighted stream without a term"
         return {n: coef[n] * (values[n] * micro.scale[n]).sum() / batch.counts[n] for n in coef if n in values}
 
     @staticmethod
     def _complete(out: Grads) -> None:
-        """From what this rank's micro-batches gave to what all of them did. Gradients in parts are added up already,
-        but for those of what is whole on every rank."""
+        """Adds up what the ranks found in their micro-batches. Gradients of sharded weights are added up already; those
+        of tensors that every rank has whole are not."""
         sums = torch.tensor(list(out.losses.values()), dtype=torch.float64)
         dist.add([sums, *(g for part in (out.theta, out.w) for name, g in part.items()
                           if not dist.parted() or grads.whole(name))])
@@ -167,34 +214,34 @@ class Policy(Weights):
 
     @torch.no_grad()
     def _collect(self, into: tuple[tuple[Group, Gradient], ...], sizes: list[Tensor], name: str, g: Tensor) -> None:
-        """Adds a gradient of the model to those of the groups, and its largest element to `sizes`."""
+        """Adds the gradient of a weight to those of the groups, and appends its largest element to `sizes`."""
         if g.numel():
             sizes.append(torch.linalg.vector_norm(g, math.inf).float())
         for group, gradient in into:
-            group.collect(gradient, name, g.to(self.master))
+            group.collect(gradient, name, g.to(self.live.master))
 
     @staticmethod
     def _keep(into: dict[int, np.ndarray], indices: list[int], rows: list[Row], values_BT: Tensor) -> None:
         values = values_BT.detach().double().cpu().numpy()
-        for b, (i, row) in enumerate(zip(indices, rows)):  # none for the row of a micro-batch without any
+        for b, (i, row) in enumerate(zip(indices, rows)):  # an empty micro-batch has a blank row and no index
             into[i] = values[b, :len(row.ids)]
 
     def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:
-        """Log-probs of rows' own tokens at each row's temperature, without gradients."""
+        """The log-probs of the rows' own tokens, each row at its temperature, without gradients."""
         return self._scored(rows, at, False)[0]
 
     def score_and_entropy(self, rows: list[Row], at: str = "live") -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The log-probs of own tokens, and the entropy of the distribution that each stands in, of one pass."""
+        """The same, and the entropy of the distribution that each token was drawn from, in one pass."""
         return self._scored(rows, at, True)
 
     @torch.no_grad()
     def _scored(self, rows: list[Row], at: str, entropy: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
         logps: dict[int, np.ndarray] = {}
         entropies: dict[int, np.ndarray] = {}
-        micros = batching.mine(rows, self.micro_tokens, set(), packs(self.model), dist.parted())
+        micros = batching.micros_of_rank(rows, self.micro_tokens, set(), packs(self.model), dist.parted())
         with self.at(at), dist.moving_parts():
             for indices, chosen in micros:
-                micro = batching.collate(chosen, self.master, self.device, {})
+                micro = batching.collate(chosen, self.live.master, self.device, {})
                 live = forward(self.model, micro, entropy)
                 self._keep(logps, indices, chosen, live.logp_BT)
                 if live.entropy_BT is not None:
@@ -203,46 +250,14 @@ class Policy(Weights):
         found = batching.exchange({"logps": logps, "entropies": entropies})
         return [v for _, v in sorted(found["logps"].items())], [v for _, v in sorted(found["entropies"].items())]
 
-    # -- where what is large lies ------------------------------------------------------------------------------------
-
-    def fork(self, name: str, of: str = "theta") -> None:
-        super().fork(name, of)
-        self._settle(name)
-
-    def _settle(self, name: str) -> None:
-        """Lays down a group that was just made, wherever what it was made of lies."""
-        group = self.groups[name]
-        group.gradients = {"dtype": self.master, "device": self.device}
-        for key, t in group.full.items():
-            t.data = self._lay(name, key, t.data.to(self.device))
-
-    def _form(self, group: str) -> storage.Form:
-        """How the whole matrices of a group lie."""
-        if self.lora or group not in ("theta", "shadow"):  # what is low-rank is small
-            return storage.PLAIN
-        if group == "theta":
-            return storage.Form(host="masters" in self.config.host)
-        return storage.Form(torch.bfloat16 if self.config.shadow == "bfloat16" else None, "shadow" in self.config.host)
-
-    def _form_of_moments(self, group: str) -> storage.Form:
-        return self._form(group) if group == "shadow" else storage.Form(host="moments" in self.config.host)
-
-    def _lay(self, group: str, name: str, t: Tensor) -> Tensor:
-        return self._form(group).lay(t, name, self.noise)
-
-    def park(self, gradient: Gradient) -> None:
-        """A gradient that waits for another one: to host memory, if that is asked for."""
-        if "gradients" in self.config.host:
-            for name in gradient:
-                gradient[name] = storage.to_host(gradient[name])
-
     def apply(self, name: str, gradient: Gradient, rate: float = 1.0, clip_as: str | None = None,
               beside: Gradient | None = None) -> float:
-        """Clips and steps one optimiser; returns the norm before clipping. The gradient is scaled in place.
-        `rate` multiplies the learning rate; `clip_as` takes over the clip factor of another optimiser's last step;
-        `beside` is what `apply` has left of the gradient of the optimiser whose second moments this one shares."""
+        """Clips a gradient, in place, and steps one optimizer with it; returns the norm before clipping. `rate`
+        multiplies the learning rate. `clip_as` names another optimizer whose last clip factor is used again. `beside`
+        is the clipped gradient with which the optimizer has just stepped whose second moments this one shares."""
         named = self.optimisers[name]
-        params = self.groups[named.group].flat()
+        group = self.groups[named.group]
+        params = group.flat()
         size = grads.norm(gradient)
         if not math.isfinite(size):
             raise FloatingPointError(f"the gradient of {name} is not finite (norm {size})")
@@ -252,32 +267,20 @@ class Policy(Weights):
         for g in gradient.values():
             g.mul_(named.shrink)
         lr = named.lr * self.factor * rate
-        for group in named.optimiser.param_groups:
-            group["lr"] = lr
+        for options in named.optimiser.param_groups:
+            options["lr"] = lr
         if isinstance(named.optimiser, optim.SharedMoments):
-            assert beside is not None, "shared moments need the gradient of whose they are"
+            assert beside is not None, "shared moments need the gradient of the optimizer that they are shared with"
             named.optimiser.beside = {p: beside[key] for key, p in params.items()}
-        moved = self._step(named, params, gradient)
+        moved = group.placement.step(named.optimiser, params, gradient, self.live.noise)
         if isinstance(named.optimiser, optim.SharedMoments):
             named.optimiser.beside = {}
         named.moved = lr * size * named.shrink if isinstance(named.optimiser, torch.optim.SGD) else moved
-        self._stale = self._stale or named.group in ("theta", "w")
+        self.live.changed(named.group)
         return size
 
-    def _step(self, named: Named, params: Gradient, gradient: Gradient) -> float:
-        weights, moments = self._form(named.group), self._form_of_moments(named.group)
-        if (weights, moments) != (storage.PLAIN, storage.PLAIN):
-            return storage.step(named.optimiser, ((key, p, gradient[key]) for key, p in params.items()), weights,
-                                moments, self.master, self.noise)
-        for key, p in params.items():
-            p.grad = gradient[key]
-        named.optimiser.step()
-        for p in params.values():
-            p.grad = None
-        return optim.last_step_norm(named.optimiser, params)
-
     def precondition(self, name: str, gradient: Gradient) -> Gradient:
-        """The gradient in the metric of an optimiser: divided by the root of its second moments, if it has any."""
+        """A gradient in the metric of an optimizer: divided by the root of its second moments, if it has any."""
         named = self.optimisers[name]
         group, out = named.optimiser.param_groups[0], {}
         for key, p in self.groups[named.group].flat().items():
@@ -288,6 +291,7 @@ class Policy(Weights):
         return out
 
     def dot(self, g: Gradient, h: Gradient, metric: str | None = None) -> float:
+        """The inner product of two gradients, in the metric of an optimizer if one is named."""
         if metric is None:
             return grads.dot(g, h)
         return grads.total({n: float((g[n] * self.precondition(metric, {n: x})[n]).sum()) for n, x in h.items()})
@@ -295,28 +299,18 @@ class Policy(Weights):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {f"group/{g}/{n}": t.detach() for g, group in self.groups.items() for n, t in group.flat().items()}
-        if self._drifted:
-            out |= {f"frozen/{n}": t for n, t in self.frozen.items()}
+        """Everything that a checkpoint has to hold, by name."""
+        out = self.live.tensors()
         for name, named in self.optimisers.items():
             names = list(self.groups[named.group].flat())
             out |= {f"optim/{name}/{k}": v for k, v in optim.tensors(named.optimiser, names).items()}
-        return out | ({"random/rounding": torch.tensor(self.noise.count)} if self.noise.count else {})
+        return out
 
-    @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        for g, group in self.groups.items():
-            for n, t in group.flat().items():
-                t.copy_(saved[f"group/{g}/{n}"])
-        for n in self.frozen:
-            self._drifted = self._drifted or f"frozen/{n}" in saved
-            if f"frozen/{n}" in saved:
-                self.frozen[n].copy_(saved[f"frozen/{n}"])
+        """Reads what `tensors` gave into the groups and optimizers that are declared."""
+        self.live.load(saved)
         for name, named in self.optimisers.items():
-            prefix = f"optim/{name}/"
-            mine = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
-            lie = torch.device("cpu") if self._form_of_moments(named.group).host else self.device
-            optim.load_tensors(named.optimiser, list(self.groups[named.group].flat()), mine, lie)
-        if "random/rounding" in saved:
-            self.noise.count = int(saved["random/rounding"])
-        self._stale = True
+            prefix, group = f"optim/{name}/", self.groups[named.group]
+            state = {k.removeprefix(prefix): saved[k] for k in saved if k.startswith(prefix)}
+            memory = group.placement.moments.memory(self.device)
+            optim.load_tensors(named.optimiser, list(group.flat()), state, memory)

@@ -17,8 +17,8 @@ from bridgelm.engine.decoders import make_decoder
 from bridgelm.engine.native import _draw
 from bridgelm.model import batching
 from bridgelm.model.forward import CHUNK, KEPT, forward
-from bridgelm.model.held import Whole
 from bridgelm.model.packing import line_up, packs
+from bridgelm.model.sharding import Whole
 from bridgelm.planning.alive import OnPaper, fused_attention
 from bridgelm.types import Problem, Row
 
@@ -106,11 +106,11 @@ def training(models: Models, micros: Sequence[Sequence[Row]], dtype: torch.dtype
     return max((passed(rows) for rows in largest(micros)), key=lambda found: found.peak)
 
 
-def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dtype) -> list[int]:
+def _passed(sharding: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dtype) -> list[int]:
     """In host memory; on the device after the layers, up to their last gradient, and up to the end."""
-    model = held.model
+    model = sharding.model
     rows, left_out = with_fewer_chunks(rows, model.config.vocab_size)
-    alive, laps = OnPaper(held.params.values()), list[int]()
+    alive, laps = OnPaper(sharding.params.values()), list[int]()
     start = alive.peak = alive.now
     micro = batching.collate(rows, dtype, torch.device("cpu"), {})
     micro = replace(micro, layout=micro.layout.to(torch.device("meta")))
@@ -126,13 +126,13 @@ def _passed(held: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dt
     def added(name: str, gradient: Tensor) -> None:
         gradient.to(dtype)  # as it is added to others
 
-    held.train_only(trained)
+    sharding.train_only(trained)
     hooks = [model.base_model.register_forward_hook(lambda *args: lap(now=True)),
              model.get_input_embeddings().register_forward_hook(back)]
     with fused_attention(), alive.host_apart(), alive:
         live = forward(model, micro)
         loss = (live.logp_BT * micro.pad_BT).sum()
-        with held.handing_over(added):
+        with sharding.handing_over(added):
             loss.backward()
     for hook in hooks:
         hook.remove()

@@ -72,7 +72,7 @@ class Teacher:
         first = next(self.model.parameters())
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         silent = {i for i, s in enumerate(shown) if not s.taught.any()}
-        for indices, chosen in batching.mine(mine, self.micro_tokens, silent, packs(self.model)):
+        for indices, chosen in batching.micros_of_rank(mine, self.micro_tokens, silent, packs(self.model)):
             micro = batching.collate(chosen, wide, first.device, {})
             logps_BT = forward(self.model, micro).logp_BT.clamp(min=IMPOSSIBLE).cpu().numpy()
             if np.isnan(logps_BT).any():

@@ -25,9 +25,9 @@ from bridgelm.ledger import Ledger
 from bridgelm.methods import METHODS, Method
 from bridgelm.methods.base import check_needs
 from bridgelm.model.batching import make_batch, split_rows
-from bridgelm.model.held import Sharded, Whole
 from bridgelm.model.loading import load_model, peak_device_memory
 from bridgelm.model.policy import Policy
+from bridgelm.model.sharding import Sharded, Whole
 from bridgelm.objective import mismatch
 from bridgelm.rollout.roller import Roller, summary
 from bridgelm.rollout.teacher import Teacher

@@ -77,7 +77,7 @@ class Measurements:
         if step:
             named = roll.config.model if begun == 0 else roll.config.model.model_copy(
                 update={"name_or_path": str(start_folder(folder, begun)), "revision": None})
-            self.start = {n: self.policy.held.cut(p.detach()) for n, p in load_model(named).named_parameters()}
+            self.start = {n: self.policy.live.sharding.cut(p.detach()) for n, p in load_model(named).named_parameters()}
 
     def due(self, step: int) -> bool:
         return step % self.config.diagnose.every == 0 or step in self.starts or step == self.config.steps
