@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from bridgelm.config import catalogue
-from bridgelm.config.options import MethodOptions
+from bridgelm.config.options import MethodOptions, samples
 from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import METHODS
@@ -174,7 +174,7 @@ class Constant:
 
 OPTIONS: TypeAdapter[Any] = TypeAdapter(MethodOptions)
 FLAT = {name: method for name, method in VARIANTS.items()
-        if any(catalogue.samples(part) for part in catalogue.parts(OPTIONS.validate_python(method)))}
+        if any(samples(part) for part in catalogue.parts(OPTIONS.validate_python(method)))}
 
 
 @pytest.fixture

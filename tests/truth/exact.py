@@ -129,7 +129,7 @@ class Stub:
         return float(theta), float(self.groups.get("shadow", theta)), float(self.groups.get("w", tensor(0.0)))
 
     def add_w(
-        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, removable: bool = False
+        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, points: tuple[str, ...] = ()
     ) -> None:
         self.groups["w"] = tensor(self.w_start)
 
@@ -190,7 +190,7 @@ class Shipped(Policy):
         self.optimisers, self.factor = {}, 1.0
         self.live = live = Weights.__new__(Weights)
         live.frozen, live._drifted, live.stale = {}, False, False
-        live.removable, live.lora, live.noise, live.placements = False, None, Noise(0), Placements.asked_for(config)
+        live.lora, live.noise, live.placements = None, Noise(0), Placements.asked_for(config)
         live.device, live.master = torch.device("cpu"), torch.float64
         live.groups = {"theta": Group({"x": tensor(theta).requires_grad_()})}
 
@@ -202,7 +202,7 @@ class Shipped(Policy):
         )
 
     def add_w(
-        self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False, removable: bool = False
+        self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False, points: tuple[str, ...] = ()
     ) -> None:
         self.groups["w"] = Group({"x": tensor(self.w_start).requires_grad_()})
 

@@ -16,7 +16,7 @@ from mutants import Swaps, mutate
 from torch import Tensor
 from transformer import wide_norm
 
-from bridgelm.config import catalogue
+from bridgelm.config.options import samples
 from bridgelm.config.options.core import GrpoOptions, SftOptions
 from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
@@ -450,7 +450,7 @@ def test_what_fdiv_refuses_and_draws(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(UserError, match="penalty = 'own' needs another divergence"):
         make_config(raw_config(tmp_path, {"name": "fdiv_sft", "divergence": "total_variation", "penalty": "own"}))
     session = opened({"name": "fdiv_sft", "penalty": "own"})
-    assert catalogue.samples(session.method.options)
+    assert samples(session.method.options)
     rows = session.method.gather(session.data, session.roll, 0)
     assert {row.kind: set(row.streams) for row in rows} == {"demo": {"nll"}, "rollout": {"tie"}}
     assert all(row.ref_logps is not None for row in rollouts(rows))

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 import bridgelm
 from bridgelm.cli.main import build_parser
 from bridgelm.config import catalogue
-from bridgelm.config.options import SequenceOptions
+from bridgelm.config.options import SequenceOptions, samples
 from bridgelm.config.run_config import RunConfig, _models, load_config, stage_steps
 from bridgelm.methods.base import Form, Tier
 
@@ -182,7 +182,8 @@ def registry() -> dict[str, str]:
     raise AssertionError("methods/__init__.py has no METHODS")
 
 
-METHODS = sorted({path.stem for path in (SRC / "methods").glob("*.py")} - {"__init__", "base", "shadow"})
+SHARED = {"__init__", "base", "bridge_controls", "shadow"}
+METHODS = sorted({path.stem for path in (SRC / "methods").glob("*.py")} - SHARED)
 
 
 def test_files_registry_and_options_name_the_same_methods() -> None:
@@ -234,7 +235,7 @@ def test_toy_recipes_differ_in_method_steps_rate_and_layout_alone() -> None:
 def steps_with_rollouts(config: RunConfig) -> int:
     parts = catalogue.parts(config.method)
     steps = stage_steps(config.method, config.steps) if isinstance(config.method, SequenceOptions) else [config.steps]
-    return sum(n for n, part in zip(steps, parts, strict=True) if catalogue.samples(part))
+    return sum(n for n, part in zip(steps, parts, strict=True) if samples(part))
 
 
 # -- the public surface ------------------------------------------------------------------------------------------------

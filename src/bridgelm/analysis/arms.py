@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bridgelm.config import catalogue
-from bridgelm.config.options import COLD_START, LowRank, SequenceOptions, Shadowed, Stage, parts
+from bridgelm.config.options import COLD_START, LowRank, SequenceOptions, Stage, parts, samples
 from bridgelm.config.options.core import GrpoOptions, SftOptions
 from bridgelm.config.run_config import RunConfig, make_config, stage_steps
 
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     @property
     def explores(self) -> bool:
-        return catalogue.samples(self.options) and catalogue.form(self.options.name)["rollout"] != "0"
+        return samples(self.options) and catalogue.form(self.options.name)["rollout"] != "0"
 
     @property
     def imitates(self) -> bool:
@@ -135,10 +135,10 @@ def arm(config: RunConfig) -> Arm:
             exploration.append(_rate(own))
         if hasattr(options, "rank") and hasattr(options, "beta"):
             w.append(_rate({**own, "lr": options.beta or own["lr"]}))
-        answers = part.steps * rollout.prompts * rollout.group if catalogue.samples(options) else 0
+        answers = part.steps * rollout.prompts * rollout.group if samples(options) else 0
         shown = part.steps * config.batch.demos * rollout.updates if part.draws else 0
         rollouts, demos = rollouts + answers, demos + shown
-        passes = 1 + (1 / options.shadow_every if isinstance(options, Shadowed) else 0)
+        passes = 1 + options.other_passes
         reference = 2 * (getattr(getattr(options, "rl", None), "kl_coef", 0) > 0)
         prompt, answer = data.max_prompt_tokens / 2, rollout.max_new_tokens
         work += answers * (2 * answer + (prompt + answer) * (6 * passes + reference))

@@ -180,15 +180,15 @@ def _label(members: Sequence[Run]) -> str:
 
 
 def analyse(runs: Sequence[Run], base: str | None = None) -> Comparison:
-    """`base` is the label of the method that the others are compared with; without it, the first BRIDGE."""
+    """`base` is the label of the method that the others are compared with; without it, that of the
+    first run."""
     if not runs:
         raise UserError("report: no run folders given; name one or more, e.g. runs/bridge")
     methods = group(runs)
     labels = [method.label for method in methods]
     if base is not None and base not in labels:
         raise UserError(f"base method {base!r} is not among the runs; one of: {', '.join(labels)}")
-    first = next((m for m in methods if m.label == base), None)
-    first = first or next((m for m in methods if m.runs[0].method == "bridge"), methods[0])
+    first = next((m for m in methods if m.label == base), methods[0])
     methods = [first, *(method for method in methods if method is not first)]
     budgets = {axis: common_budget(methods, axis) for axis in ("rollouts", "flops")}
     table = {method.label: _row(method, budgets) for method in methods}

@@ -99,7 +99,7 @@ def _add_reading(commands: Any) -> None:
     report.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/report for one run, else ./report")
     report.add_argument("--share", action="store_true", help="write one JSON that others can compare with (--out FILE, "
                         "default share.json); of such files: print them as one table")
-    report.add_argument("--base", metavar="METHOD", help="what the others are compared with (default: BRIDGE)")
+    report.add_argument("--base", metavar="METHOD", help="what the others are compared with (default: the first run's)")
 
     diagnose = _command(commands, "diagnose", run_diagnose, "what SFT and RL did to each other in one or more runs")
     diagnose.add_argument("runs", nargs="+", type=Path, metavar="RUN")

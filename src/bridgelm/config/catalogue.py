@@ -89,16 +89,11 @@ def remedy(need: str) -> str:
     return need
 
 
-def samples(part: BaseModel) -> bool:
-    """Whether a configured plain method draws answers to train on: it has a table `rl`, or it says so itself."""
-    return bool(getattr(part, "samples", hasattr(part, "rl")))
-
-
 def sampling_steps(config: RunConfig) -> int:
     """How many of a run's steps draw answers."""
     method = config.method
     steps = stage_steps(method, config.steps) if isinstance(method, options.SequenceOptions) else [config.steps]
-    return sum(n for n, part in zip(steps, parts(method), strict=True) if samples(part))
+    return sum(n for n, part in zip(steps, parts(method), strict=True) if options.samples(part))
 
 
 def needs_of(method: BaseModel) -> frozenset[str]:

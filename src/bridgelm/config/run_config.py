@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from bridgelm.config.options import MethodOptions, Rate, SequenceOptions, Shadowed, Share, Strict, parts
+from bridgelm.config.options import MethodOptions, Rate, SequenceOptions, Share, Strict, parts
 from bridgelm.config.options.optim import OptimConfig
 from bridgelm.config.options.reward import RewardConfig
 from bridgelm.config.options.rollout import RolloutConfig
@@ -156,11 +156,10 @@ class RunConfig(Strict):
         if isinstance(self.method, SequenceOptions):
             stage_steps(self.method, self.steps)
             stages = self.method.stages
-            if self.model.lora_rank and any(isinstance(s.method, Shadowed) for s in stages) and not all(
-                    s.fresh_reference for s in stages):
-                # Its w is merged into the frozen base that an older reference is measured from.
-                raise ValueError("method.stages: with model.lora_rank and a bridge stage no stage can keep an older "
-                                 "reference; leave out fresh_reference = false")
+            moving = next((s.method.name for s in stages if s.method.moves_base), None)
+            if self.model.lora_rank and moving and not all(s.fresh_reference for s in stages):
+                raise ValueError(f"method.stages: with model.lora_rank and a stage of {moving!r} no stage can keep an "
+                                 "older reference; leave out fresh_reference = false")
         return self
 
     def resolved(self) -> dict[str, Any]:

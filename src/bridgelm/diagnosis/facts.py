@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from bridgelm.analysis.comparison import MethodRuns, group
 from bridgelm.analysis.stats import Estimate, mean_interval
 from bridgelm.config import catalogue
-from bridgelm.config.options import SequenceOptions
+from bridgelm.config.options import SequenceOptions, samples
 from bridgelm.config.run_config import make_config, stage_steps
 from bridgelm.runs.folder import read_lines
 from bridgelm.runs.reader import Run
@@ -37,7 +37,7 @@ class StageSpan:
 
 def kind(method: BaseModel) -> str:
     """By what the method says of itself: whether it draws answers, and whether it needs somebody to imitate."""
-    if not catalogue.samples(method):
+    if not samples(method):
         return "SFT"
     return "mixed" if catalogue.needs_of(method) - {"val"} else "RL"
 

@@ -126,9 +126,8 @@ class Amft(Method):
         """H by the log-probs of what was drawn, and what it adds to mu."""
         o = self.options
         rows = [row for row in batch.kind("rollout") if row.at == "live" and row.old_logps is not None]
-        sums = {"sum": sum(float(-row.old_logps[row.drawn].sum()) for row in rows),  # type: ignore[index]
-                "count": float(sum(row.drawn.sum() for row in rows))}
-        entropy = sums["sum"] / max(1.0, sums["count"])
+        surprise = sum(float(-row.old_logps[row.drawn].sum()) for row in rows)  # type: ignore[index]
+        entropy = surprise / max(1, sum(int(row.drawn.sum()) for row in rows))
         self.target = entropy if self.target is None else self.target
         sign = 1.0 if o.entropy_sign == "equation" else -1.0
         return {"entropy": entropy, "target": self.target,
@@ -178,5 +177,4 @@ def valued(rows: list[Row]) -> list[Row]:
 
 def reward_of(batch: Batch) -> Metrics:
     rewards = [row.reward for row in batch.rows if "val" in row.streams]
-    sums = {"sum": float(sum(rewards)), "count": float(len(rewards))}
-    return {"val_reward": sums["sum"] / max(1.0, sums["count"])}
+    return {"val_reward": float(sum(rewards)) / max(1, len(rewards))}

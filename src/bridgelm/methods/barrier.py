@@ -143,5 +143,4 @@ def mean_reward(batch: Batch) -> float:
     """Of the graded rollouts; NaN without any."""
     rewards = [row.reward for row in batch.rows
                if row.kind == "rollout" and row.at == "live" and row.verdict is not Verdict.ERROR]
-    found = {"sum": math.fsum(rewards), "count": float(len(rewards))}
-    return found["sum"] / found["count"] if found["count"] else math.nan
+    return math.fsum(rewards) / len(rewards) if rewards else math.nan

@@ -135,8 +135,7 @@ def mean_over(batch: Batch, name: str, values: Mapping[int, np.ndarray]) -> floa
     """Of a number a token, given by row index, over the tokens of a stream; each weighs the same."""
     chosen = [values[i][row.streams[name].mask] for i, row in enumerate(batch.rows)
               if name in row.streams and i in values]
-    found = {"sum": float(sum(v.sum() for v in chosen)), "count": float(sum(v.size for v in chosen))}
-    return found["sum"] / max(1.0, found["count"])
+    return float(sum(v.sum() for v in chosen)) / max(1, sum(v.size for v in chosen))
 
 
 def check_needs(method: Method, data: Data) -> None:

@@ -34,7 +34,7 @@ from bridgelm.data.cursors import Data
 from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sft_terms
 from bridgelm.methods.shadow import (
     diagnostics,
-    length,
+    preconditioned_norm,
     report,
     shadow_coef,
     shadow_gather,
@@ -70,7 +70,7 @@ class BridgeDial(Method):
         return min(max(value, -self.options.limit), self.options.limit)
 
     def setup(self, policy: Policy) -> None:
-        shadow_setup(policy, self.options, self.run.optim.adam)
+        shadow_setup(policy, self.options, shared=self.run.optim.adam)
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         rows, self.sampled = shadow_gather(data, roll, self.options, self.run, step)
@@ -85,10 +85,10 @@ class BridgeDial(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam = self.options, self.lam
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
-        pull = length(policy, sft)
+        pull = preconditioned_norm(policy, sft)
         policy.park(sft.theta)
         rl = policy.grad(self.terms, batch, rl_coef(o.rl))
-        found = shares(pull, length(policy, rl), lam)
+        found = shares(pull, preconditioned_norm(policy, rl), lam)
         joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))  # each is as large as the model: both are used up
         shadow = policy.grad(self.shadow_terms, batch, shadow_coef(o.rl), at="shadow")
         # D was made by the steps before, so it knows nothing of these rollouts: on rollouts that it had been fitted to,
@@ -100,7 +100,7 @@ class BridgeDial(Method):
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)))                                      # (3)
         self.logit = self.bound(self.logit - o.eta * min(max(z, -1.0), 1.0))                             # (4)
-        found |= diagnostics(policy, batch.rows, sft, rl, shadow, gain, o.ratio_cap)
+        found |= diagnostics(policy, o, batch.rows, sft, rl, shadow, gain)
         found |= {"lambda": lam, **self.sampled}
         return report(sft, rl, shadow, norm, found) | {"dial/z": z, "dial/lambda": lam}
 

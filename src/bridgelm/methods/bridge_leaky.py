@@ -34,7 +34,7 @@ from bridgelm.methods.base import Form, Gradients, Method, rl_coef, rl_terms, sf
 from bridgelm.methods.shadow import (
     diagnostics,
     gradient_or_last,
-    length,
+    preconditioned_norm,
     report,
     shadow_coef,
     shadow_gather,
@@ -69,7 +69,7 @@ class BridgeLeaky(Method):
         return min(max(self.product / self.size, 0.0), 1.0) if self.size else 1.0
 
     def setup(self, policy: Policy) -> None:
-        shadow_setup(policy, self.options, self.run.optim.adam)
+        shadow_setup(policy, self.options, shared=self.run.optim.adam)
 
     def gather(self, data: Data, roll: Roller, step: int) -> list[Row]:
         rows, self.sampled = shadow_gather(data, roll, self.options, self.run, step)
@@ -84,10 +84,10 @@ class BridgeLeaky(Method):
     def update(self, policy: Policy, batch: Batch, step: int) -> Metrics:
         o, lam, parts = self.options, self.options.lam, halves(batch)
         sft = policy.grad(self.terms, batch, {"nll": 1.0})
-        pull = length(policy, sft)
+        pull = preconditioned_norm(policy, sft)
         policy.park(sft.theta)
         rl, rl_w = grad_by_parts(policy, self.terms, parts, rl_coef(o.rl))
-        found = shares(pull, length(policy, rl), lam)
+        found = shares(pull, preconditioned_norm(policy, rl), lam)
         joint = grads.blend((1 - lam, sft.theta), (lam, rl.theta))  # each is as large as the model: both are used up
         shadow = gradient_or_last(policy, o, step, lambda: self.at_shadow(policy, parts, rl_w))
         if shadow.theta:
@@ -98,7 +98,7 @@ class BridgeLeaky(Method):
         gain = grads.mix((1.0, rl.w), (-1.0, shadow.w))
         policy.apply("w", grads.mix((1 - lam, sft.w), (lam, gain)), rate=self.agreement)                 # (3)
         rows = [row for part in parts for row in part.rows]
-        found |= diagnostics(policy, rows, sft, rl, shadow, gain, o.ratio_cap)
+        found |= diagnostics(policy, o, rows, sft, rl, shadow, gain)
         found |= {"lambda": lam, "agreement": self.agreement, **self.sampled}
         return report(sft, rl, shadow, norm, found)
 

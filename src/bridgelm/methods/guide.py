@@ -56,7 +56,7 @@ class Guide(Method):
 
     def setup(self, policy: Policy) -> None:
         o = self.options
-        policy.add_w(o.rank, o.alpha, o.modules, removable=True)
+        policy.add_w(o.rank, o.alpha, o.modules, points=("guide",))
         policy.optimiser("theta")
         policy.optimiser("w", lr=o.beta)
 
@@ -81,7 +81,7 @@ class Guide(Method):
         return self.options.share * max(self.mean, 0.0) / self.peak if self.peak > 0 else 0.0
 
     def measure(self, own: Sequence[Row], led: Sequence[Row]) -> Metrics:
-        theta, guide = mean_rewards(own), mean_rewards(led)
+        theta, guide = credit.mean_rewards(own), credit.mean_rewards(led)
         pairs = np.array([(theta[group], guide[group]) for group in theta if group in guide]).reshape(-1, 2)
         found = {"guide/kl": float(np.mean(np.concatenate([half_square(row) for row in led])))}
         if len(pairs):
@@ -98,7 +98,7 @@ class Guide(Method):
     def credited(self, own: Sequence[Row], led: Sequence[Row]) -> list[Row]:
         rl, rollout = self.options.rl, self.run.rollout
         norm, length = rl.aggregate, rollout.max_new_tokens
-        theta, rows = mean_rewards(own), list(own)
+        theta, rows = credit.mean_rewards(own), list(own)
         for row in led:
             row = row.with_stream("tie", 1.0, norm, length)
             used = row.verdict is not Verdict.ERROR and (row.finished or not rollout.mask_overlong)
@@ -152,15 +152,6 @@ def half_square(row: Row) -> np.ndarray:
     assert row.old_logps is not None
     assert row.ref_logps is not None
     return 0.5 * (row.old_logps - row.ref_logps)[row.drawn] ** 2
-
-
-def mean_rewards(rows: Sequence[Row]) -> dict[int, float]:
-    """Of each group that has graded rows; exact for equal rewards, as the mean of six times 0.1 is not quite 0.1."""
-    graded: dict[int, list[float]] = {}
-    for row in rows:
-        if row.verdict is not Verdict.ERROR:
-            graded.setdefault(row.group, []).append(row.reward)
-    return {group: r[0] + float(np.mean([x - r[0] for x in r])) for group, r in graded.items()}
 
 
 def one_denominator(row: Row) -> Row:

@@ -52,7 +52,7 @@ class Lspo(Method):
     def setup(self, policy: Policy) -> None:
         o = self.options
         rl_setup(policy, o.rl)
-        policy.add_w(o.rank, o.alpha, o.modules, removable=True)
+        policy.add_w(o.rank, o.alpha, o.modules, points=("guide",))
         policy.optimiser("theta")
         policy.optimiser("w", lr=o.beta)
         self.start = {name: t.detach().clone() for name, t in policy.groups["w"].flat().items()}

@@ -112,5 +112,4 @@ def mean_entropy(policy: Policy, rows: Sequence[Row], temperature: float) -> flo
     warm = [replace(row, temperature=temperature) for row in rows]
     _, entropies = policy.score_and_entropy(warm)
     values = [entropy[row.drawn] for row, entropy in zip(rows, entropies, strict=True)]
-    found = {"sum": float(sum(v.sum() for v in values)), "count": float(sum(v.size for v in values))}
-    return found["sum"] / max(1.0, found["count"])
+    return float(sum(v.sum() for v in values)) / max(1, sum(v.size for v in values))

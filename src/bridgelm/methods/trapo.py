@@ -71,7 +71,7 @@ class Trapo(Method):
         parts = [roll(problems, group=self.sizes[0])]
         numbers = [row.group for row in parts[0][::self.sizes[0]]]
         for size, (threshold, share) in zip(self.sizes[1:], TABLES[self.options.table], strict=True):
-            so_far = mean_rewards([row for part in parts for row in part])
+            so_far = credit.mean_rewards([row for part in parts for row in part])
             helped = {number for problem, number in zip(problems, numbers, strict=True)
                       if problem.demos and so_far.get(number, math.inf) < threshold}
             parts.append(self.micro_group(roll, problems, numbers, helped, size, share))
@@ -112,22 +112,15 @@ class Trapo(Method):
     def credited(self, rows: list[Row], charge: list[bool]) -> list[Row]:
         """Streams `pg` and `nll` over all tokens of a row, each with weight on its own part: one denominator."""
         o, out, length = self.options, list(rows), self.run.rollout.max_new_tokens
-        for group in credit.groups_of(rows):
-            rewards = np.array([rows[i].reward for i in group], dtype=np.float64)
-            base = rewards if o.baseline == "all" else rewards[[rows[i].given == 0 for i in group]]
-            if len(group) < 2 or not len(base):
+        unguided = None if o.baseline == "all" else lambda row: row.given == 0
+        for i, advantage in credit.group_advantages(rows, o.rl.std, unguided).items():
+            row = rows[i]
+            if self.run.rollout.mask_overlong and not row.finished:
                 continue
-            advantages = rewards - base[0] - np.mean(base - base[0])  # exactly 0 for equal rewards
-            if o.rl.std:
-                advantages /= base.std() + 1e-6
-            for i, advantage in zip(group, advantages, strict=True):
-                row = rows[i]
-                if self.run.rollout.mask_overlong and not row.finished:
-                    continue
-                weight = advantage if o.prefix_weight == "advantage" else 1.0
-                row = row.with_stream("pg", advantage * row.drawn, o.rl.aggregate, length, row.own)
-                row = row.with_stream("nll", weight * charge[i] * given(row), o.rl.aggregate, length, row.own)
-                out[i] = row.with_stream("entropy", 1.0) if o.entropy_coef and row.drawn.any() else row
+            weight = advantage if o.prefix_weight == "advantage" else 1.0
+            row = row.with_stream("pg", advantage * row.drawn, o.rl.aggregate, length, row.own)
+            row = row.with_stream("nll", weight * charge[i] * given(row), o.rl.aggregate, length, row.own)
+            out[i] = row.with_stream("entropy", 1.0) if o.entropy_coef and row.drawn.any() else row
         return out
 
     # -- losses and the update -------------------------------------------------------------------------------------
@@ -137,9 +130,10 @@ class Trapo(Method):
         if "pg" in batch and o.clip:
             out["pg"] = losses.pg_clip(live.logp_BT, batch.old_BT, weight["pg"], o.rl.clip_low, o.rl.clip_high)
         elif "pg" in batch:
-            out["pg"] = -weight["pg"] * (live.logp_BT - batch.old_BT).exp()
+            out["pg"] = losses.pg(live.logp_BT, batch.old_BT, weight["pg"])
         if "nll" in batch:
-            out["nll"] = losses.nll(live.logp_BT, weight["nll"] * trust(live.logp_BT, o.alpha))
+            trust = losses.prob_weight(live.logp_BT, o.alpha) if o.alpha else 1.0
+            out["nll"] = losses.nll(live.logp_BT, weight["nll"] * trust)
         if "kl" in batch:
             out["kl"] = losses.kl_k3(live.logp_BT, batch.ref_BT, weight["kl"])
         if "entropy" in batch and live.entropy_BT is not None:
@@ -176,22 +170,8 @@ def cut(length: int, blank: Sequence[int], share: float) -> int:
     return later + 1 if later < min(length, (share + SLACK) * length) else at
 
 
-def trust(logp_BT: Tensor, alpha: float) -> Tensor:
-    """sg(min(1, p / alpha)): a demonstration's token that the policy hardly ever says teaches little."""
-    return (logp_BT.detach() - (math.log(alpha) if alpha else -math.inf)).clamp(max=0).exp()
-
-
 def given(row: Row) -> np.ndarray:
     return row.own & ~row.drawn
-
-
-def mean_rewards(rows: Sequence[Row]) -> dict[int, float]:
-    """Of each group that has graded rows."""
-    graded: dict[int, list[float]] = {}
-    for row in rows:
-        if row.verdict is not Verdict.ERROR:
-            graded.setdefault(row.group, []).append(row.reward)
-    return {group: sum(rewards) / len(rewards) for group, rewards in graded.items()}
 
 
 def charged(part: Sequence[Row]) -> list[bool]:

@@ -22,6 +22,7 @@ class Group:
     low: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scale: float = 1.0
     placement: Placement = AT_HAND  # where its tensors lie between uses
+    points: frozenset[str] = frozenset()  # where it is part of the weights; none: everywhere but in the reference
 
     def flat(self) -> Gradient:
         """All tensors by a name of their own: the weight's name, or NAME:A and NAME:B of a low-rank term."""

@@ -7,7 +7,7 @@ dL/dtheta = G, dL/dB = s G A^T, dL/dA = s B^T G: both of BRIDGE's gradients cost
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,8 +90,8 @@ class Policy:
         return self.live.device
 
     def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False,
-              removable: bool = False) -> None:
-        self.live.add_w(rank, alpha, pattern, exclusive, removable)
+              points: Iterable[str] = ()) -> None:
+        self.live.add_w(rank, alpha, pattern, exclusive, points)
 
     def fork(self, name: str, of: str = "theta") -> None:
         self.live.fork(name, of)

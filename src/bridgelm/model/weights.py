@@ -4,13 +4,13 @@
 
 Masters are float32 (float64 in float64 runs); the live weights are rebuilt from them, never merged and unmerged in
 place. A point is a place to look at the model from: `live`, the name of a group that stands in for theta (a shadow, a
-reference), or `guide`, which is theta with a removable w.
+reference), or a name that w declares for theta with w, where the live weights go without it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,6 @@ class Weights:
         self.placements, self.noise = placements or Placements(), Noise(seed, self.sharding.first_row)
         self.frozen: dict[str, Tensor] = {}
         self.groups: dict[str, Group] = {}
-        self.removable = False  # whether w is a guide: the live model goes without it
         self.stale = True  # whether the live weights have to be merged again, because a group has changed
         self._rebuilt = 0  # how often they were
         self._away = False  # whether the model has other weights than the live ones
@@ -70,10 +69,10 @@ class Weights:
         return low_rank(shapes, rank, alpha, self.master, self.device, self.seed, group)
 
     def add_w(self, rank: int, alpha: float, pattern: str = "", exclusive: bool = False,
-              removable: bool = False) -> None:
-        """Adds w. With `exclusive`, theta leaves the matrices of w alone; a `removable` w is only in `guide`."""
-        self.removable = removable
+              points: Iterable[str] = ()) -> None:
+        """Adds w, at these points alone if any are named. With `exclusive`, theta leaves the matrices of w alone."""
         w = self._add("w", self._low_rank("w", rank, alpha, pattern))
+        w.points = frozenset(points)
         if exclusive:
             self._drifted = True  # a stage before may have moved what is frozen now
             theta = self.groups["theta"]
@@ -139,7 +138,7 @@ class Weights:
             theta.low = {name: theta.low.get(name, pair) for name, pair in fresh.items()}
         kept = {"theta", "reference"} if keep_reference else {"theta"}
         self.groups = {name: group for name, group in self.groups.items() if name in kept}
-        self._drifted, self.stale, self.removable = bool(w.low) or self._drifted, True, False
+        self._drifted, self.stale = bool(w.low) or self._drifted, True
 
     def parts(self, at: str) -> tuple[Group, Group]:
         """What the weights of a point are made of: theta or the group in its place, and w or an empty group."""
@@ -160,13 +159,13 @@ class Weights:
 
     def _theta(self, at: str) -> Group:
         """The group in theta's place at a point."""
-        return self.groups["theta" if at in ("live", "guide") else at]
+        declared = "w" in self.groups and at in self.groups["w"].points
+        return self.groups["theta" if at == "live" or declared else at]
 
     def _w(self, at: str) -> Group:
-        """w where it is part of a point. A shadow shares it; the reference is a start without it; a guide can be
-        removed, and only the point `guide` has it."""
-        there = at == "guide" if self.removable else at != "reference"
-        return self.groups.get("w", Group()) if there else Group()
+        """w where it is part of a point. A shadow shares it; the reference is a start without it."""
+        w = self.groups.get("w", Group())
+        return w if (at in w.points if w.points else at != "reference") else Group()
 
     def weights(self, at: str = "live") -> dict[str, Tensor]:
         """The merged weights of a point in the model's dtype. Where nothing had to be computed, a tensor shares its

@@ -70,6 +70,15 @@ def group_advantages(rows: Sequence[Row], std: bool = False,
     return found
 
 
+def mean_rewards(rows: Sequence[Row]) -> dict[int, float]:
+    """Of each group that has graded rows; exact for equal rewards, as the mean of six times 0.1 is not quite 0.1."""
+    graded: dict[int, list[float]] = {}
+    for row in rows:
+        if row.verdict is not Verdict.ERROR:
+            graded.setdefault(row.group, []).append(row.reward)
+    return {group: r[0] + float(np.mean([x - r[0] for x in r])) for group, r in graded.items()}
+
+
 def spread(rows: Sequence[Row]) -> dict[int, bool]:
     """Whether a group's rewards differ, which is what it can teach with."""
     return {rows[g[0]].group: len({rows[i].reward for i in g}) > 1 for g in groups_of(rows) if g}

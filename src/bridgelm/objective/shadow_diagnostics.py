@@ -32,11 +32,12 @@ def effective_share(log_ratios: np.ndarray) -> float:
 
 
 def diagnose(rows: Sequence[Row], shadow: Mapping[int, np.ndarray], low: float, high: float) -> Metrics:
-    """Metrics of the shadow against the policy that sampled `rows`; `low`, `high` bound the token ratio in use."""
+    """Metrics of the shadow, by its log-probs on `rows`, against the live policy that drew them; what it drew itself is
+    left out. `low` and `high` bound the token ratio in use."""
     logs: dict[int, np.ndarray] = {}
     for i, logp in shadow.items():
         old = rows[i].old_logps
-        if rows[i].kind == "rollout" and old is not None:
+        if rows[i].kind == "rollout" and rows[i].at == "live" and old is not None:
             logs[i] = (logp - old)[rows[i].drawn]
     if not logs:
         return {}

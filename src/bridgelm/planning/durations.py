@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bridgelm.config.options import samples
 from bridgelm.config.run_config import RunConfig, SequenceOptions
 from bridgelm.planning.needs import Need
 
@@ -62,7 +63,4 @@ def _needs(config: RunConfig) -> frozenset[str]:
 
 
 def _only_imitates(config: RunConfig) -> bool:
-    method = config.method
-    if isinstance(method, SequenceOptions):
-        return False
-    return not getattr(method, "samples", hasattr(method, "rl"))
+    return not (isinstance(config.method, SequenceOptions) or samples(config.method))

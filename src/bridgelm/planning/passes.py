@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridgelm.config import catalogue
+from bridgelm.config.options import samples
 from bridgelm.config.run_config import RunConfig
 from bridgelm.engine.decoders import make_decoder
 from bridgelm.engine.native import _draw
@@ -55,7 +56,7 @@ def at_most(config: RunConfig, packed: bool) -> Work:
     data, rollout, prompt = config.data, config.rollout, config.data.max_prompt_tokens
     groups = -(-rollout.prompts // rollout.updates)
     rows = [row_of("rollout", prompt, rollout.max_new_tokens, i, rollout.temperature) for i in range(groups)
-            for _ in range(rollout.group)] if catalogue.samples(config.method) else []
+            for _ in range(rollout.group)] if samples(config.method) else []
     if any("demo" in need for need in catalogue.needs_of(config.method)):
         rows += [row_of("demo", prompt, data.max_demo_tokens, i) for i in range(config.batch.demos)]
     looks, drawn = (min(rollout.max_rows, n) for n in (config.eval.problems, rollout.prompts * rollout.group))

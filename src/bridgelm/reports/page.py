@@ -22,7 +22,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, base: s
            title: str | None = None, stem: str = "report", notes: Sequence[str] = ()) -> Path:
     """Write OUT/`stem`.html, .md, .json and OUT/figures; returns the page's path.
 
-    `base` names the method that the others are compared with (default: the first BRIDGE). `out` defaults to the run's
+    `base` names the method that the others are compared with (default: the first run's). `out` defaults to the run's
     own folder for one run, else to ./report. `notes` are said at the top.
     """
     comparison = analyse([Run(path) for path in runs], base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from bridgelm.config.options.adaptive import AmftOptions, LspoOptions, SasrOptions, TrapoOptions
 from bridgelm.config.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict
@@ -29,7 +29,7 @@ from bridgelm.config.options.shaping import PairShuffle, Shaping
 from bridgelm.config.options.teachers import KdrlOptions, PearOptions
 
 __all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "COLD_START", "LowRank", "MethodOptions", "PolicyGradient", "Rate",
-           "SequenceOptions", "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts"]
+           "SequenceOptions", "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts", "samples"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
@@ -37,6 +37,11 @@ SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | Br
                  | KdrlOptions | PearOptions
                  | HptOptions | ReliftOptions | UftOptions | PrefixRftOptions | BreadOptions
                  | RftOptions | FdivSftOptions | GiftOptions)
+
+
+def samples(part: BaseModel) -> bool:
+    """Whether a configured plain method draws answers to train on: it has a table `rl`, or it says so itself."""
+    return bool(getattr(part, "samples", hasattr(part, "rl")))
 
 
 class ShuffleR1Options(PairShuffle):
@@ -49,7 +54,7 @@ class ShuffleR1Options(PairShuffle):
     @model_validator(mode="after")
     def _has_rollouts_of_one_policy(self) -> ShuffleR1Options:
         name = self.method.name
-        if not getattr(self.method, "samples", hasattr(self.method, "rl")):
+        if not samples(self.method):
             raise ValueError(f"method {name!r} has no rollouts to choose from; wrap one that has, such as grpo")
         if isinstance(self.method, LowRank):
             raise ValueError(f"method {name!r} compares two policies on whole groups, and shuffle_r1 would leave out a "

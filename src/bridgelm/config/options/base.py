@@ -15,8 +15,15 @@ class Strict(BaseModel):
     """No unknown keys, no silent conversions, no later changes."""
 
     no_refill: ClassVar[str] = ""  # of a method's options: why `rollout.refill` would spoil it
+    # Of a method's options: whether it changes LoRA's frozen base, which an older reference is measured from.
+    moves_base: ClassVar[bool] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    @property
+    def other_passes(self) -> float:
+        """Of a method's options: training passes a step over its rollouts at other points than the live one."""
+        return 0.0
 
 
 class PolicyGradient(Strict):
@@ -43,8 +50,13 @@ class LowRank(Strict):
 class Shadowed(LowRank):
     """A shadow that learns from the joint policy's rollouts, corrected by token ratios."""
 
+    moves_base: ClassVar[bool] = True  # its w is merged into it
     ratio: Literal["taper",  # 1 for rewarded tokens, min(ratio, 1) for others: a stray shadow comes back (2503.14286)
                    "truncate"] = "taper"  # min(ratio, ratio_cap): the gradient of J_RL up to the cap
     probe_every: Annotated[int, Field(ge=0)] = 0  # every so many steps sample the shadow: the honest gain
     ratio_cap: Rate = 2.0  # of `truncate`: truncation of the shadow's token ratio
     shadow_every: Annotated[int, Field(ge=1)] = 1  # steps between the shadow's; w uses its last gradient in between
+
+    @property
+    def other_passes(self) -> float:
+        return 1 / self.shadow_every
