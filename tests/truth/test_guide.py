@@ -56,21 +56,21 @@ class Table:
 
     def __init__(self, guide: Any, theta: Any, logp: LogP = logp_1) -> None:
         self.theta, both = (torch.tensor(np.atleast_1d(x), dtype=torch.float64) for x in (theta, guide))
-        self.w, self.logp, self.removable = both - self.theta, logp, False
+        self.w, self.logp, self.points = both - self.theta, logp, ()
         self.rates: dict[str, float | None] = {}
         self.applied: dict[str, np.ndarray] = {}
         self.asked: list[tuple[str, str]] = []
 
     def add_w(
-        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, removable: bool = False
+        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, points: tuple[str, ...] = ()
     ) -> None:
-        self.removable = removable
+        self.points = points
 
     def optimiser(self, name: str, lr: float | None = None) -> None:
         self.rates[name] = lr
 
     def logits(self, at: str, theta: Tensor, w: Tensor) -> Tensor:
-        return theta if at == "live" and self.removable else theta + w
+        return theta if at == "live" and self.points else theta + w
 
     def score(self, rows: list[Row], at: str = "live") -> list[np.ndarray]:
         return [self.logp(self.logits(at, self.theta, self.w), r).numpy() for r in rows]
@@ -515,7 +515,7 @@ def test_the_snapshot_is_taken_before_either_step() -> None:
     policy = Table(GUIDE, THETA)
     one_update(method_of(beta=0.3), policy, [(0,), (1,), (1,), (0,)])
     assert policy.asked == [("grad", "guide"), ("grad", "live"), ("apply", "theta"), ("apply", "w")]
-    assert policy.removable and policy.rates == {"theta": None, "w": 0.3}
+    assert policy.points == ("guide",) and policy.rates == {"theta": None, "w": 0.3}
 
 
 MUTANTS = mutants(
