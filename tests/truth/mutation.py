@@ -258,7 +258,7 @@ class Mutant:
     where: str
     site: int | str | None = None
     to: Any = None  # what is put there, for the operators that ask for it
-    by: Callable[[], Any] = lambda: None  # the check that sees it
+    by: Callable[..., Any] = lambda: None  # the check that sees it
     of: Any = None  # the module that the function is in, if it is not the method's own
     method: str = ""
 
@@ -303,10 +303,10 @@ class Mutant:
         finally:
             setattr(owner, name, kept)
 
-    def check(self) -> None:
+    def check(self, *fixtures: Any) -> None:
         with self.applied() as what:
             try:
-                self.by()
+                self.by(*fixtures)
             except (AssertionError, pytest.fail.Exception):
                 return
         pytest.fail(f"{self} passes its check: {what}")

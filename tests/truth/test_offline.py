@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mutants import Swaps, mutate
+from mutation import Mutant, mutants
 from torch import Tensor
 from transformer import wide_norm
 
@@ -20,9 +20,7 @@ from bridgelm.config.options import samples
 from bridgelm.config.options.core import GrpoOptions, SftOptions
 from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
-from bridgelm.methods import dft as dft_module
-from bridgelm.methods import fdiv_sft as fdiv_module
-from bridgelm.methods import rft as rft_module
+from bridgelm.methods import dft, fdiv_sft, rft
 from bridgelm.methods.grpo import Grpo
 from bridgelm.methods.sft import Sft
 from bridgelm.model import batching, grads
@@ -55,12 +53,9 @@ def shaken(session: Any, size: float = 0.1) -> Any:
     return session
 
 
-def found_by(session: Any, rows: list[Row], module: Any = None) -> Grads:
-    """The method's loss and gradient on rows; of a mutant, if its module is given."""
-    method = session.method
-    if module is not None:
-        method = getattr(module, type(method).__name__)(method.options, method.run)
-    return session.policy.grad(method.terms, make_batch(rows), {"nll": 1.0})
+def found_by(session: Any, rows: list[Row]) -> Grads:
+    """The method's loss and gradient on rows."""
+    return session.policy.grad(session.method.terms, make_batch(rows), {"nll": 1.0})
 
 
 def logits_of(session: Any, row: Row, at: str = "live") -> Tensor:
@@ -108,29 +103,13 @@ def prift_token(logits: Tensor, base: Tensor, token: int) -> Tensor:
     return -torch.log_softmax(logits, -1)[token] * torch.softmax(base, -1)[token]
 
 
-DFT_MUTANTS: dict[str, tuple[Swaps, Swaps]] = {  # of the method's file, and of the losses
-    "no stop-gradient": ((), (("(logp_BT.detach() - math.log(alpha))", "(logp_BT - math.log(alpha))"),)),
-    "p above 1": ((), (("- math.log(alpha)).clamp(max=0.0)", "- math.log(0.1))"),)),
-    "plain SFT": ((('batch.weight["nll"] * losses.prob_weight(of)', 'batch.weight["nll"]'),), ()),
-    "the square of p": ((("losses.prob_weight(of))", "losses.prob_weight(2 * of))"),), ()),
-    "the other model": (((' == "reference" else live.logp_BT', ' == "live" else live.logp_BT'),), ()),
-}
-
-
 @pytest.mark.parametrize(("weights_of", "token"), [("live", dft_token), ("reference", prift_token)])
 def test_dft_weighs_each_token_with_its_own_probability(opened: Open, weights_of: str, token: Any) -> None:
     session = shaken(opened({"name": "dft", "weights_of": weights_of}))
-    assert isinstance(session.method, dft_module.Dft)
     rows = session.method.gather(session.data, session.roll, 0)
     wanted = by_hand(session, rows, token)
     found = found_by(session, rows)
     assert distance(found, wanted) < 1e-9
-    for name, (swaps, of_losses) in DFT_MUTANTS.items():
-        if name == "no stop-gradient" and weights_of == "reference":  # whose log-probs have no gradient anyhow
-            continue
-        module = mutate(dft_module, swaps)
-        module.losses = mutate(losses, of_losses)  # type: ignore[attr-defined]
-        assert distance(found_by(session, rows, module), wanted) > 1e-3, name
     assert session.method.update(session.policy, make_batch(rows), 0)["loss/nll"] == found.losses["nll"]
 
 
@@ -192,31 +171,6 @@ def test_rft_over_all_tokens_is_grpo_without_a_baseline(opened: Open) -> None:
     assert distance(found_by(kept, kept.method.gather(kept.data, kept.roll, 0)), wanted) < 1e-9
 
 
-RFT_MUTANTS: dict[str, Swaps] = {
-    "wrong ones too": (("if row.verdict is Verdict.CORRECT and self", "if self"),),
-    "errors count": (("return row.verdict is not Verdict.ERROR and (", "return ("),),
-    "over kept": (('o.over == "all"', 'o.over == "kept"'),),
-    "counted twice": ((" - set(kept)", ""),),
-    "prompts are taught": (("np.arange(len(ids)) >= start", "np.arange(len(ids)) >= 1"),),
-    "half weight": (('.with_stream("nll", 1.0) for', '.with_stream("nll", 0.5) for'),),
-}
-
-
-def test_wrong_rejection_sampling_is_seen(opened: Open) -> None:
-    session = with_errors(opened(EVERYTHING, reward={"max_error_rate": 1.0}))
-    start = session.data.state()
-    rows = session.method.gather(session.data, session.roll, 0)
-    graded = [row for row in rollouts(rows) if row.verdict is not Verdict.ERROR]
-    wanted = by_hand(session, right(rows), nll_token, tokens(graded))
-    for name, swaps in {"none": (), **RFT_MUTANTS}.items():
-        module = mutate(rft_module, swaps)
-        method = module.Rft(session.method.options, session.method.run)
-        session.data.load(start)
-        session.roll.begin(0)
-        found = found_by(session, method.gather(session.data, session.roll, 0), module)
-        assert (distance(found, wanted) > 1e-3) == (name != "none"), name
-
-
 def scripted(answers: list[tuple[str, list[int], bool, bool]]) -> Callable[..., list[Row]]:
     """A roller that gives these answers (problem, ids, right, finished), whatever it is asked."""
     def roll(problems: Any) -> list[Row]:
@@ -274,7 +228,7 @@ def test_a_round_is_dealt_out_to_its_steps(opened: Open) -> None:
     assert [r.ids.tolist() for r in dealt] == [r.ids.tolist() for r in right(steps[0])]
     sizes = [sum(row.kind == "demo" for row in step) for step in steps[:3]]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
-    other = rft_module.Rft(session.method.options, session.method.run)
+    other = rft.Rft(session.method.options, session.method.run)
     other.load(state)
     again = [other.gather(session.data, session.roll, step) for step in (1, 2)]
     assert [[r.ids.tolist() for r in step] for step in again] == [[r.ids.tolist() for r in s] for s in steps[1:3]]
@@ -345,29 +299,15 @@ def fdiv_token(divergence: str, limit: float = 0.5) -> Callable[[Tensor, Tensor,
     return token
 
 
-NO_TIE = ('o.penalty == "demos" and o.divergence', 'o.penalty == "own" and o.divergence')
-FDIV_MUTANTS: dict[str, dict[str, Swaps]] = {
-    "pearson": {"no tie": (NO_TIE,), "without a quarter": (("0.25 * o.beta", "0.5 * o.beta"),),
-                "beta squared": (("0.25 * o.beta", "0.25 * o.beta**2"),)},
-    "hellinger": {"no tie": (NO_TIE,), "clamped": (("slope * (r", "0 * (r"),),
-                  "turned round": (("r_BT = o.beta * h_BT", "r_BT = -o.beta * h_BT"),),
-                  "with the reward": (("inside_BT**2 / (1", "inside_BT / (1"),),
-                  "slope of f*": (("/ (1 - o.limit) ** 2 - 1", "/ (1 - o.limit) ** 2"),)},
-}
-
-
 @pytest.mark.parametrize("divergence", ["pearson", "hellinger"])
 def test_fdiv_is_its_conjugate_less_the_reward(opened: Open, divergence: str) -> None:
     session = shaken(opened({"name": "fdiv_sft", "divergence": divergence, "beta": BETA}), 0.3)
-    assert isinstance(session.method, fdiv_module.FdivSft)
     rows = session.method.gather(session.data, session.roll, 0)
     logps = session.policy.score(rows)
     moved = [BETA * float(x) for row, logp in zip(rows, logps) for x in (logp - row.ref_logps)[row.own]]
     assert min(moved) < 0 < max(moved) and sum(r > 0.5 for r in moved) > 2, "on both sides, and beyond the limit"
     wanted = by_hand(session, rows, fdiv_token(divergence))
     assert distance(found_by(session, rows), wanted) < 1e-9
-    for name, swaps in FDIV_MUTANTS[divergence].items():
-        assert distance(found_by(session, rows, mutate(fdiv_module, swaps)), wanted) > 1e-3, name
     metrics = session.method.update(session.policy, make_batch(rows), 0)
     assert metrics["fdiv/log_ratio"] == pytest.approx(np.mean(moved) / BETA)
 
@@ -439,11 +379,6 @@ def test_the_tie_on_own_samples_is_an_expectation(opened: Open, divergence: str)
     assert surrogate.tolist() == pytest.approx(g.tolist())
     found, = torch.autograd.grad((logp.exp().detach() * surrogate).sum(), logits)
     torch.testing.assert_close(found, wanted)
-    for swap in (("* ratio *", "*"), ("* ratio *", "* ratio.detach() *")):
-        other = mutate(fdiv_module, (swap,)).FdivSft(method.options, method.run)
-        value = other.terms(micro, Live(torch.stack((0 * one, logits.log_softmax(-1)), 1)))["tie"][:, 1]
-        wrong, = torch.autograd.grad((logp.exp().detach() * value).sum(), logits)
-        assert (wrong - wanted).abs().max() > 1e-2
 
 
 def test_what_fdiv_refuses_and_draws(tmp_path: Path, opened: Open) -> None:
@@ -456,3 +391,45 @@ def test_what_fdiv_refuses_and_draws(tmp_path: Path, opened: Open) -> None:
     assert all(row.ref_logps is not None for row in rollouts(rows))
     at_start = session.method.update(session.policy, make_batch(rows), 0)
     assert at_start["loss/tie"] == pytest.approx(0.0, abs=1e-12) and "fdiv/log_ratio" in at_start
+
+
+weighted, over_all = (test_dft_weighs_each_token_with_its_own_probability,
+                      test_rft_over_all_tokens_is_grpo_without_a_baseline)
+conjugate = test_fdiv_is_its_conjugate_less_the_reward
+
+
+def own_tie(opened: Open) -> None:
+    test_the_tie_on_own_samples_is_an_expectation(opened, "hellinger")
+
+
+MUTANTS = [
+    *mutants(
+        dft,
+        Mutant("detach", "prob_weight", by=lambda opened: weighted(opened, "live", dft_token), of=losses),
+        Mutant("sign", "nll", by=lambda opened: weighted(opened, "live", dft_token), of=losses),
+        Mutant("term", "Dft.terms", "prob_weight 0", by=lambda opened: weighted(opened, "live", dft_token)),
+        Mutant("swap", "prob_weight", of=losses, by=lambda opened: weighted(opened, "live", dft_token)),
+        Mutant("compare", "Dft.terms", "reference", by=lambda opened: weighted(opened, "live", dft_token)),
+    ),
+    *mutants(
+        rft,
+        Mutant("mask", "Rft.keep", "CORRECT 0", by=over_all),  # wrong ones too
+        Mutant("compare", "Rft.gather", "over 0", by=over_all),
+        Mutant("term", "Rft.gather", "set 0", by=over_all),  # counted twice
+        Mutant("constant", "taught", "1.0", to=0.5, by=over_all),
+        Mutant("compare", "Rft.usable", "ERROR", by=over_all),
+    ),
+    *mutants(
+        fdiv_sft,
+        Mutant("compare", "FdivSft.terms", "demos", by=lambda opened: conjugate(opened, "pearson")),  # no tie
+        Mutant("constant", "FdivSft.penalty", "0.25", to=0.5, by=lambda opened: conjugate(opened, "pearson")),
+        Mutant("sign", "FdivSft.penalty", 0, by=lambda opened: conjugate(opened, "hellinger")),
+        Mutant("hold", "FdivSft.terms", "exp 0", by=own_tie),
+        Mutant("term", "FdivSft.terms", "tie 2", by=own_tie),  # without the ratio
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant, opened: Open) -> None:
+    mutant.check(opened)
