@@ -252,6 +252,9 @@ def sites(tree: ast.AST, operator: str, where: str, to: Any) -> Iterator[tuple[s
 
 # -- mutants -----------------------------------------------------------------------------------------------------------
 
+PASSED: set[Callable[..., Any]] = set()
+
+
 @dataclass(frozen=True)
 class Mutant:
     operator: str
@@ -304,6 +307,9 @@ class Mutant:
             setattr(owner, name, kept)
 
     def check(self, *fixtures: Any) -> None:
+        if self.by not in PASSED:
+            self.by(*fixtures)  # the shipped code passes
+            PASSED.add(self.by)
         with self.applied() as what:
             try:
                 self.by(*fixtures)
@@ -342,11 +348,14 @@ class Table:
         self.all: Counter[tuple[str, str]] = Counter()
         self.killed: Counter[tuple[str, str]] = Counter()
 
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if mutant_of(item)]
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
         report = yield
-        mutant: Any = item.callspec.params.get("mutant") if hasattr(item, "callspec") else None
-        if report.when == "call" and type(mutant).__name__ == "Mutant":
+        mutant = mutant_of(item)
+        if report.when == "call" and mutant:
             self.all[mutant.method, mutant.operator] += 1
             self.killed[mutant.method, mutant.operator] += report.passed
         return report
@@ -358,6 +367,12 @@ class Table:
                     for name in sorted({pair[key] for pair in self.all})}
         return {"methods": summed(0), "operators": summed(1), "mutants": self.all.total(),
                 "killed": self.killed.total()}
+
+
+def mutant_of(item: Any) -> Any:
+    """The mutant that a test is about, if it is one of a method."""
+    mutant = item.callspec.params.get("mutant") if hasattr(item, "callspec") else None
+    return mutant if getattr(mutant, "method", "") else None
 
 
 def main(words: list[str]) -> int:
@@ -373,7 +388,7 @@ def main(words: list[str]) -> int:
                         print(operator, where, i, what, sep="\t")
         return 0
     table = Table()
-    status = pytest.main([str(Path(__file__).parent), "-q", "-n", "0", "-k", "mutant_is_seen"], plugins=[table])
+    status = pytest.main([str(Path(__file__).parent), "-q", "-n", "0"], plugins=[table])
     (ROOT / "results" / "mutants.json").write_text(json.dumps(table.counts(), indent=1) + "\n")
     for kind in ("methods", "operators"):
         for name, n in table.counts()[kind].items():

@@ -114,7 +114,12 @@ def test_a_mutant_that_no_check_sees_is_reported_with_its_line(toy: ModuleType) 
 
     with pytest.raises(pytest.fail.Exception, match=r"a - b / 2 -> a [+] b / 2"):
         Mutant("sign", "Toy.mixed", of=toy, by=check).check()
-    Mutant("sign", "Toy.mixed", of=toy, by=lambda: pytest.fail("seen")).check()
+    Mutant("sign", "Toy.mixed", of=toy, by=lambda: toy.Toy.mixed(0, 2) == -1 or pytest.fail("seen")).check()
+
+
+def test_a_check_that_the_shipped_code_fails_sees_nothing(toy: ModuleType) -> None:
+    with pytest.raises(pytest.fail.Exception, match="always"):
+        Mutant("sign", "Toy.mixed", of=toy, by=lambda: pytest.fail("always")).check()
 
 
 def test_a_name_or_a_layout_changes_no_mutant(tmp_path: Path, toy: ModuleType) -> None:

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tomllib
 import typing
+from collections import Counter
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +197,46 @@ def test_five_places(name: str) -> None:
     text = (SRC / "methods" / f"{name}.py").read_text()
     assert f"class {registry()[name]}(Method)" in text, "1. its file holds the class that the registry names"
     assert re.search(rf"@final\s+class {registry()[name]}\(", text), "and the class is final"
-    methods = [load_config(path).method for path in (ROOT / "recipes" / "toy").glob("*.toml")]
-    named = {part.name for method in methods for part in (method, *catalogue.parts(method))}  # type: ignore[attr-defined]
-    assert name in named, "3. a recipe in recipes/toy, of its own or as a stage"
+    assert name in _in_toy_recipes(), "3. a recipe in recipes/toy, of its own or as a stage"
     page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.is_file() and "**Trap**" in page.read_text(), f"4. a page {page.name} in docs/methods, with its trap"
-    used = set().union(*(_imported(path) for path in (ROOT / "tests").rglob("*.py")))
-    assert f"bridgelm.methods.{name}" in used, f"5. a test of its equation, which imports bridgelm.methods.{name}"
+    assert f"bridgelm.methods.{name}" in _imported_by_tests(), f"5. a test of its equation that imports methods.{name}"
+    holder = EQUATION_IN.get(name, name)
+    assert name in WITHOUT_MUTANTS or registered_mutants()[holder] >= 5, (
+        f"5. at least five mutants of {holder} that the test of the equation sees (see tests/truth/mutation.py)")
+
+
+EQUATION_IN = {"sft": "losses", "grpo": "losses"}  # methods whose own file has no more than the coefficients
+# The first four have those of tests/truth/mutants.py; `sequence` has no equation, but other methods as its stages.
+WITHOUT_MUTANTS = {"bridge", "bridge_dial", "bridge_leaky", "shadow", "sequence"}
+
+
+@cache
+def registered_mutants() -> Counter[str]:
+    """How many mutants of each module the truth tests try. That each is seen is a test of its own there."""
+    found: Counter[str] = Counter()
+    for path in (ROOT / "tests" / "truth").glob("test_*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and str(n.module).startswith("bridgelm.")]
+        called = {alias.asname or alias.name: alias.name for node in imports for alias in node.names}
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        if any(isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "mutant.check" for call in calls):
+            for call in calls:
+                if ast.unparse(call.func) == "mutants":
+                    found[called.get(ast.unparse(call.args[0]), "")] += len(call.args) - 1
+    return found
+
+
+@cache
+def _in_toy_recipes() -> set[str]:
+    methods = [load_config(path).method for path in (ROOT / "recipes" / "toy").glob("*.toml")]
+    parts = (part for method in methods for part in (method, *catalogue.parts(method)))
+    return {part.name for part in parts}  # type: ignore[attr-defined]
+
+
+@cache
+def _imported_by_tests() -> set[str]:
+    return set().union(*(_imported(path) for path in (ROOT / "tests").rglob("*.py")))
 
 
 def _imported(path: Path) -> set[str]:
