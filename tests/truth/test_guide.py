@@ -61,9 +61,7 @@ class Table:
         self.applied: dict[str, np.ndarray] = {}
         self.asked: list[tuple[str, str]] = []
 
-    def add_w(
-        self, rank: int, alpha: float, modules: str = "", exclusive: bool = False, points: tuple[str, ...] = ()
-    ) -> None:
+    def add_w(self, rank: int, alpha: float, modules: str = "", points: tuple[str, ...] = ()) -> None:
         self.points = points
 
     def optimiser(self, name: str, lr: float | None = None) -> None:
@@ -139,16 +137,8 @@ def one_update(method: Any, policy: Any, answers: Any, reward: Any = won, demos:
     return SimpleNamespace(roll=roll, rows=rows, metrics=metrics, applied=policy.applied)
 
 
-def expect(
-    found: Callable[[Any], Any],
-    guide: Any = GUIDE,
-    theta: Any = THETA,
-    logp: LogP = logp_1,
-    answers: Any = ((0,), (1,)),
-    group: int = 4,
-    reward: Any = won,
-    **options: Any,
-) -> np.ndarray:
+def expect(found: Callable[[Any], Any], guide: Any = GUIDE, theta: Any = THETA, logp: LogP = logp_1,
+           answers: Any = ((0,), (1,)), group: int = 4, reward: Any = won, **options: Any) -> np.ndarray:
     """The exact mean over all outcomes of one group."""
     total, mass = 0.0, 0.0
     for outcome in itertools.product(answers, repeat=group):
@@ -366,22 +356,8 @@ class Drawn:
                 own[prompt + 2] = False
             verdict = Verdict.ERROR if i == 1 else Verdict.WRONG
             reward = float(self.rng.choice([0.0, 0.3, 1.0]))
-            rows.append(
-                Row(
-                    ids,
-                    own,
-                    "rollout",
-                    PROBLEM,
-                    self.made + i // group,
-                    at,
-                    0.7,
-                    None,
-                    None,
-                    reward,
-                    verdict,
-                    finished=i != 4,
-                )
-            )
+            rows.append(Row(ids, own, "rollout", PROBLEM, self.made + i // group, at, 0.7, None, None, reward, verdict,
+                            finished=i != 4))
         self.made += len(problems)
         return [replace(r, old_logps=np.where(r.own, x, 0.0)) for r, x in zip(rows, self.policy.score(rows, at))]
 
@@ -484,20 +460,6 @@ def test_one_real_update() -> None:
             deployed = {n: p.detach().clone() for n, p in model.named_parameters()}
         for n, t in merged(policy, "live", with_w=False).items():
             close(deployed[n], t.detach(), 1e-15, f"deployed {n}")
-
-
-def test_theta_sees_only_rollouts() -> None:
-    """Other demonstrations and another w, the same rollouts: theta steps to the same bits."""
-    ends = []
-    rows: list[Row] = []
-    for demos, w in (((3, 5), 0.15), ((2, 1), 0.15), ((2, 1), 0.0)):
-        method = method_of(2, 4)
-        policy = real_policy(method, False, w)
-        fresh = method.gather(data(demos), Drawn(policy), 0)
-        rows = rows or [r for r in fresh if r.kind == "rollout"]
-        method.update(policy, batching.make_batch([*rows, *(r for r in fresh if r.kind == "demo")]), 0)
-        ends.append({n: t.detach().clone() for n, t in policy.groups["theta"].flat().items()})
-    assert all(torch.equal(ends[0][n], end[n]) for end in ends[1:] for n in ends[0])
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

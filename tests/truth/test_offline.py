@@ -327,7 +327,7 @@ def weights(session: Any, h: list[float]) -> list[float]:
 
 
 def test_the_weights_of_fdiv(opened: Open) -> None:
-    """Pearson 1 - (beta/2) h; Hellinger 2 - 1/(1 - r)^2, by finite differences of its g too, and guarded at r >= 1."""
+    """Pearson 1 - (beta/2) h; Hellinger 2 - 1/(1 - r)^2, guarded at r >= 1."""
     pearson = opened({"name": "fdiv_sft", "beta": BETA})
     for some in ([0.0, 1.0, 4.0], [-3.0, 7.0, 100.0]):
         found = weights(pearson, some)
@@ -336,11 +336,6 @@ def test_the_weights_of_fdiv(opened: Open) -> None:
     for some in ([0.0, 0.3, 1.0], [-4.0, -0.5, 1.7]):
         found = weights(hellinger, some)
         assert found == pytest.approx([2 - 1 / (1 - BETA * h) ** 2 for h in some[:len(found)]])
-        for h, weight in zip(some, found, strict=False):
-            def loss(x: float) -> float:
-                r = BETA * x
-                return -x + (r / (1 - r) - r) / BETA
-            assert (loss(h - 1e-5) - loss(h + 1e-5)) / 2e-5 == pytest.approx(weight, rel=1e-6, abs=1e-8)
     guarded = weights(hellinger, [1.8, 2.0, 50.0])  # r = .9, 1 and 25
     assert guarded == pytest.approx([2 - 1 / 0.1**2] * len(guarded))
     assert weights(hellinger, [(1 - 0.5**0.5) / BETA])[0] == pytest.approx(0.0, abs=1e-12), "no further than that"
@@ -368,8 +363,7 @@ def test_the_tie_on_own_samples_is_an_expectation(opened: Open, divergence: str)
     logp = logits.log_softmax(-1)
     one, h = torch.ones(4, dtype=torch.float64), logp - base
     r = BETA * h
-    g = r**2 / 4 / BETA if divergence == "pearson" else torch.where(
-        r < 0.5, r**2 / (1 - r), 0.5 + 3 * (r - 0.5)) / BETA
+    g = r**2 / 4 / BETA if divergence == "pearson" else torch.where(r < 0.5, r**2 / (1 - r), 0.5 + 3 * (r - 0.5)) / BETA
     wanted, = torch.autograd.grad((logp.exp() * g).sum(), logits, retain_graph=True)
     row = Row(np.arange(2), np.arange(2) >= 1, "rollout", Problem("p", ())).with_stream("tie", 1.0)
     micro = batching.collate([row] * 4, torch.float64, torch.device("cpu"), {})

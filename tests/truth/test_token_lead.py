@@ -21,7 +21,7 @@ from transformer import objective, wide_norm  # isort: skip
 from bridgelm.methods import token_lead
 from bridgelm.model.policy import Policy
 from bridgelm.training import loop
-from bridgelm.types import Batch, Demo, Problem, Row, Verdict
+from bridgelm.types import Batch, Demo, Problem, Row
 
 MU, DECAY, ETA, LIMIT, BETA2, EPS = 0.6, 0.7, 0.8, 1.3, 0.95, 1e-2
 Vector = dict[str, Tensor]
@@ -264,32 +264,6 @@ def test_e_follows_the_move_that_is_asked_for(start: float) -> None:
         seen = watched(policy, method, batch, step)
     assert first == (2 if start == 0.0 else 4) and seen.scored == 2
     assert seen.metrics["lead/moved"] == pytest.approx(0.02, rel=0.3)
-
-
-# -- what the weights are good for -------------------------------------------------------------------------------------
-
-
-def opposed() -> list[Row]:
-    """One prompt, two answers of one token: reward likes the first. Both are demonstrated."""
-    rows = []
-    for kind, answer, advantage in (("rollout", 5, 1.0), ("rollout", 6, -1.0), ("demo", 5, 0.0), ("demo", 6, 0.0)):
-        ids = np.array([1, 2, answer])
-        row = Row(ids, np.array([False, False, True]), kind, Problem(f"{kind}{answer}", ()),  # type: ignore[arg-type]
-                  old_logps=np.zeros(3), reward=advantage, verdict=Verdict.CORRECT)
-        rows.append(row.with_stream("pg", advantage) if kind == "rollout" else row.with_stream("nll", 1.0))
-    return rows
-
-
-def test_tokens_that_reward_makes_likelier_weigh_more() -> None:
-    policy, method = fresh()
-    rows = opposed()
-    old = policy.score(rows)
-    rows = [replace(row, old_logps=logp) if row.kind == "rollout" else row for row, logp in zip(rows, old)]
-    good, bad = (float(w[0]) for w in watched(policy, method, make_batch(rows)).weights)
-    assert good > 1 > bad, "what reward makes likelier weighs more"
-    found = method.tables()["demonstrations"]
-    assert [row["problem_id"] for row in found] == ["demo6", "demo5"], "the worst comes first"
-    assert found[0]["alignment"] < 0 < found[1]["alignment"]
 
 
 def test_eta_zero_is_joint(session: Callable[..., Any]) -> None:

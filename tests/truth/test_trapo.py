@@ -116,18 +116,8 @@ class FakeRoller:
         ids = np.array([1, 2, *given, *[5] * drawn])
         reward = next(self.rewards[problem.id])
         verdict = Verdict.ERROR if reward is None else Verdict.CORRECT if reward else Verdict.WRONG
-        return Row(
-            ids,
-            np.arange(len(ids)) >= 2,
-            "rollout",
-            problem,
-            number,
-            at,
-            old_logps=np.zeros(len(ids)),
-            reward=math.nan if reward is None else reward,
-            verdict=verdict,
-            given=len(given),
-        )
+        return Row(ids, np.arange(len(ids)) >= 2, "rollout", problem, number, at, old_logps=np.zeros(len(ids)),
+                   reward=math.nan if reward is None else reward, verdict=verdict, given=len(given))
 
     def __call__(self, problems: Any, group: int, prefixes: Any = None, numbers: Any = None) -> list[Row]:
         self.calls += 1
@@ -139,9 +129,7 @@ class FakeRoller:
         return [self.row(p, n, next(prefixes), 3, "live") for p, n in pairs]
 
     def experts(self, pairs: Any, numbers: Any) -> list[Row]:
-        return [
-            self.row(p, n, [*WRITTEN[d.text], END], 0, "expert") for (p, d), n in zip(pairs, numbers, strict=True)
-        ]
+        return [self.row(p, n, [*WRITTEN[d.text], END], 0, "expert") for (p, d), n in zip(pairs, numbers, strict=True)]
 
 
 def gathered(method: Any, rewards: dict[str, list[Any]], demos: tuple[str, ...] = ("a", "b")) -> list[Row]:
