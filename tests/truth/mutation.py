@@ -17,15 +17,13 @@ changes no mutant. A place that does not exist, or that is not the only one, fai
 While a mutant is applied, the function itself runs the wrong code, whoever calls it: checks need no module handed to
 them. `by` is the check that must fail, by an assertion: it calls the method like the test that the shipped code passes.
 
-    python tests/truth/mutation.py bridgelm.methods.kdrl     lists the sites in a module
-    python tests/truth/mutation.py                           tries all mutants, and writes results/mutants.json
+    python tests/truth/mutation.py     tries all mutants, and writes how many are seen to results/mutants.json
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import importlib
 import inspect
 import json
 import sys
@@ -375,18 +373,7 @@ def mutant_of(item: Any) -> Any:
     return mutant if getattr(mutant, "method", "") else None
 
 
-def main(words: list[str]) -> int:
-    if words:
-        module = importlib.import_module(words[0])
-        tree = parsed(module)
-        for top in ast.iter_child_nodes(tree):
-            for node in [top, *(ast.iter_child_nodes(top) if isinstance(top, ast.ClassDef) else ())]:
-                where = f"{top.name}.{getattr(node, 'name', '')}" if isinstance(top, ast.ClassDef) else \
-                    getattr(node, "name", "")
-                for operator in OPERATORS if isinstance(node, ast.FunctionDef) else ():
-                    for i, (_, what, _) in enumerate(sites(tree, operator, where, "TO")):
-                        print(operator, where, i, what, sep="\t")
-        return 0
+def main() -> int:
     table = Table()
     status = pytest.main([str(Path(__file__).parent), "-q", "-n", "0"], plugins=[table])
     (ROOT / "results" / "mutants.json").write_text(json.dumps(table.counts(), indent=1) + "\n")
@@ -397,4 +384,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

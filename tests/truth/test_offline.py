@@ -46,10 +46,12 @@ def opened(session: Open) -> Open:
 
 def shaken(session: Any, size: float = 0.1) -> Any:
     """The session, with theta away from where it began (and so from a reference)."""
+    session.policy.fork("moved")
     with torch.no_grad():
-        for i, t in enumerate(session.policy.groups["theta"].full.values()):
+        for i, t in enumerate(session.policy.groups["moved"].full.values()):
             t += size * torch.sin(torch.arange(t.numel(), dtype=t.dtype) * 1.3 + i).reshape(t.shape)
-    session.policy.live.stale = True
+    session.policy.lean("theta", toward="moved", share=1.0)
+    del session.policy.groups["moved"]
     return session
 
 

@@ -400,7 +400,8 @@ def test_half_precision_is_warned_of() -> None:
     """The look ahead of a bfloat16 model is mostly rounding; at float32 it is not."""
     for dtype, warned in ((torch.float32, False), (torch.bfloat16, True)):
         policy, method = fresh(move=1e-2)
-        policy.live.dtype, policy.live.stale = dtype, True
+        policy.live.dtype = dtype
+        policy.lean("theta", "theta", 0.0)  # the live weights are made anew, in that dtype
         said = []
         for step in range(5):
             said.append(method.warnings(method.update(policy, make_batch(rows_of()), step)))
