@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from exact import NOTHING, Shipped, run_config
 from mutation import Mutant, mutants
 from torch import Tensor
-from transformer import PROBLEM, all_logps, build, make_rows, spread, wide_norm
+from transformer import PROBLEM, all_logps, build, make_rows, spread
 
 from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
@@ -31,6 +31,8 @@ from bridgelm.model import batching
 from bridgelm.model.groups import Group
 from bridgelm.model.policy import Grads, Policy
 from bridgelm.types import Batch, Row, Verdict
+
+pytestmark = pytest.mark.usefixtures("wide_norms")
 
 Vector = np.ndarray
 # -- problems and policies ---------------------------------------------------------------------------------------------
@@ -474,12 +476,6 @@ def test_one_half_alone_is_refused() -> None:
 # -- the real policy on a transformer ----------------------------------------------------------------------------------
 
 KL = 0.3
-
-
-@pytest.fixture(autouse=True)
-def _wide_norm() -> Iterator[None]:
-    with wide_norm():
-        yield
 
 
 def transformer_policy() -> Policy:

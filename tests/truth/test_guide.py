@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from exact import run_config, sigmoid
 from mutation import Mutant, mutants
 from ratios import ANSWERS, JOINT_2, PROBLEM, SHADOW_2, logp_2, row, slope
 from torch import Tensor
-from transformer import VOCABULARY, all_logps, build, merged, spread, wide_norm
+from transformer import VOCABULARY, all_logps, build, merged, spread
 
 from bridgelm.config.run_config import OptimConfig
 from bridgelm.errors import UserError
@@ -32,14 +32,10 @@ from bridgelm.model.policy import Grads, Policy
 from bridgelm.objective import losses
 from bridgelm.types import Live, Row, Verdict
 
+pytestmark = pytest.mark.usefixtures("wide_norms")
+
 GUIDE, THETA = 1.2, 0.4
 LogP = Callable[[Tensor, Row], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _wide_norm() -> Iterator[None]:
-    with wide_norm():
-        yield
 
 
 # -- a policy of a few logits, and rollouts that are handed out -------------------------------------------------------

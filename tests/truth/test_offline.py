@@ -4,7 +4,7 @@ tokens that take their log-probs from the model's logits and their gradients fro
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 import torch
 from mutation import Mutant, mutants
 from torch import Tensor
-from transformer import wide_norm
 
 from bridgelm.config.options import samples
 from bridgelm.config.options.core import GrpoOptions, SftOptions
@@ -30,13 +29,9 @@ from bridgelm.objective import losses
 from bridgelm.types import Grade, Live, Problem, Row, Verdict
 from tiny import raw_config
 
+pytestmark = pytest.mark.usefixtures("wide_norms")
+
 Open = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _wide_norm() -> Iterator[None]:
-    with wide_norm():
-        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ gradients of single tokens, running means and Adam's moments that are written ou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,21 +16,17 @@ from mutation import Mutant, mutants
 from torch import Tensor
 from transformer import VOCABULARY, all_logps, bridge_method, build_policy, make_batch, make_rows, merged
 
-from transformer import objective, wide_norm  # isort: skip
+from transformer import objective  # isort: skip
 
 from bridgelm.methods import token_lead
 from bridgelm.model.policy import Policy
 from bridgelm.training import loop
 from bridgelm.types import Batch, Demo, Problem, Row
 
+pytestmark = pytest.mark.usefixtures("wide_norms")
+
 MU, DECAY, ETA, LIMIT, BETA2, EPS = 0.6, 0.7, 0.8, 1.3, 0.95, 1e-2
 Vector = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _wide_norm() -> Iterator[None]:
-    with wide_norm():
-        yield
 
 
 def fresh(lora: bool = False, optim: str = "adamw", **options: Any) -> tuple[Policy, Any]:
