@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridgelm import methods
 from bridgelm.config.run_config import make_config
 from bridgelm.types import Grade, Row, Verdict
 from tiny import open_session, raw_config, save_model
@@ -63,17 +62,20 @@ def sessions() -> Iterator[None]:
                 made.roll.grader.close()
 
 
-def opened(folder: Path, method: dict[str, Any], grades: Sequence[Any] = "", cls: Any = None, **changes: Any) -> Any:
-    """A session that takes plain gradient steps, with `cls` (a mutant's class) in the place of the method's own."""
+def in_folder(check: Callable[[Path], None]) -> Callable[[], None]:
+    """A check with a folder and sessions of its own, as mutants are tried."""
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder, sessions():
+            check(Path(folder))
+    return run
+
+
+def opened(folder: Path, method: dict[str, Any], grades: Sequence[Any] = "", **changes: Any) -> Any:
+    """A session that takes plain gradient steps."""
     changes = {"optim": {"kind": "sgd", "lr": 0.1, "clip": 1e9}, **changes}
     raw = raw_config(folder, method, model_folder(), **changes)
     raw["reward"]["max_error_rate"] = 1.0
-    name, kept = method["name"], methods.METHODS[method["name"]]
-    try:
-        methods.METHODS[name] = cls or kept
-        session = open_session(make_config(raw))
-    finally:
-        methods.METHODS[name] = kept
+    session = open_session(make_config(raw))
     OPEN.append(session)
     if grades:
         session.roll.grader.close()
@@ -95,7 +97,7 @@ def put(session: Any, theta: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, t in session.policy.groups["theta"].full.items():
             t.copy_(theta[name])
-    session.policy.live.stale = True
+    session.policy.load(session.policy.tensors())  # the merged weights are old
 
 
 def slope(session: Any, parts: Sequence[tuple[Row, np.ndarray]]) -> dict[str, Tensor]:

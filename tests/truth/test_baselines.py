@@ -5,35 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformer import wide_norm
+from hand import gather, in_folder, opened, sessions
+from mutation import Mutant, mutants
 
-from bridgelm.config.run_config import make_config
-from bridgelm.methods.alternate import Alternate
-from bridgelm.methods.grpo import Grpo
-from bridgelm.methods.sequence import Sequence
-from bridgelm.methods.sft import Sft
 from bridgelm.model.batching import make_batch
-from tiny import open_session, raw_config
+from bridgelm.objective import credit, losses
 
 
 @pytest.fixture(autouse=True)
-def _wide_norm() -> Iterator[None]:
-    with wide_norm():
+def _sessions() -> Iterator[None]:
+    with sessions():
         yield
-
-
-def opened(folder: Path, method: dict[str, Any], **changes: Any) -> Any:
-    return open_session(make_config(raw_config(folder, method, **changes)))
 
 
 def test_sft_is_the_mean_over_all_demonstration_tokens(tmp_path: Path) -> None:
     session = opened(tmp_path, {"name": "sft"})
-    assert isinstance(session.method, Sft)
-    rows = session.method.gather(session.data, session.roll, 0)
+    rows = gather(session)
     loss = session.policy.grad(session.method.terms, make_batch(rows), {"nll": 1.0}).losses["nll"]
     tokens = [logp for row, scored in zip(rows, session.policy.score(rows)) for logp in scored[row.own]]
     assert len({int(row.own.sum()) for row in rows}) > 1, "rows of one length could not tell the two means apart"
@@ -42,10 +32,9 @@ def test_sft_is_the_mean_over_all_demonstration_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("std", [False, True])
 @pytest.mark.parametrize("aggregate", ["token", "row", "constant"])
-def test_grpo_is_the_clipped_surrogate_of_its_groups(tmp_path: Path, std: bool, aggregate: str) -> None:
+def test_grpo_is_the_clipped_surrogate_of_its_groups(tmp_path: Path, aggregate: str, std: bool) -> None:
     session = opened(tmp_path, {"name": "grpo", "rl": {"std": std, "aggregate": aggregate}})
-    assert isinstance(session.method, Grpo)
-    rows = session.method.gather(session.data, session.roll, 0)
+    rows = gather(session)
     with torch.no_grad():  # away from the policy that sampled, so that ratios differ and some are clipped
         for i, t in enumerate(session.policy.groups["theta"].full.values()):
             t += 0.1 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) + i).reshape(t.shape)
@@ -70,17 +59,27 @@ def test_grpo_is_the_clipped_surrogate_of_its_groups(tmp_path: Path, std: bool, 
     assert loss == pytest.approx(total / denominator, rel=1e-9, abs=1e-12)
 
 
-def test_alternate_steps_at_half_size_and_in_turn(tmp_path: Path) -> None:
-    session = opened(tmp_path, {"name": "alternate", "every": 3, "half_steps": True, "sft_lr": 0.5})
-    assert isinstance(session.method, Alternate)
-    assert [session.method.imitates(step) for step in range(6)] == [False, False, True, False, False, True]
-    rates = {name: named.lr for name, named in session.policy.optimisers.items()}
-    assert rates == {"theta": session.config.optim.lr / 2, "theta_sft": 0.25}
-
-
 def test_sequence_gives_each_step_to_its_stage(tmp_path: Path) -> None:
     stages = [{"method": {"name": "sft"}, "steps": 3}, {"method": {"name": "grpo"}}]
     session = opened(tmp_path, {"name": "sequence", "stages": stages}, steps=5)
-    assert isinstance(session.method, Sequence)
-    kinds = [{row.kind for row in session.method.gather(session.data, session.roll, step)} for step in range(5)]
-    assert kinds == [{"demo"}] * 3 + [{"rollout"}] * 2
+    assert [{row.kind for row in gather(session, step)} for step in range(5)] == [{"demo"}] * 3 + [{"rollout"}] * 2
+
+
+def grpo_without_std(folder: Path) -> None:
+    test_grpo_is_the_clipped_surrogate_of_its_groups(folder, "token", False)
+
+
+MUTANTS = mutants(
+    losses,
+    Mutant("clip", "pg_clip", "minimum 0", by=in_folder(grpo_without_std)),
+    Mutant("clip", "pg_clip", "clamp 1", by=in_folder(grpo_without_std)),
+    Mutant("swap", "pg_clip", 0, by=in_folder(grpo_without_std)),  # the ratio upside down
+    Mutant("branch", "with_advantages", "zscore 0", by=in_folder(grpo_without_std), of=credit),
+    Mutant("term", "centre", "mean 0", by=in_folder(grpo_without_std), of=credit),
+    Mutant("sign", "nll", by=in_folder(test_sft_is_the_mean_over_all_demonstration_tokens)),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()

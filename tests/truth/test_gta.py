@@ -4,31 +4,30 @@ against brute force on two kinds of tokenizer. Mutants of each line fail."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checks import close
-from hand import advantages, gather, opened, same, sessions, slope, weights
-from mutants import Swaps, mutate
+from hand import advantages, gather, in_folder, opened, same, sessions, slope, weights
+from mutation import Mutant, mutants
 
 from bridgelm.config.options.shaping import GtaOptions
 from bridgelm.config.run_config import load_config
 from bridgelm.data.chat import Chat
 from bridgelm.data.cursors import Data
 from bridgelm.errors import UserError
-from bridgelm.methods import gta as gta_module
+from bridgelm.methods import gta
 from bridgelm.model.batching import make_batch
 from bridgelm.model.policy import Grads
 from bridgelm.types import Completion
 from tiny import TEMPLATE, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
-Check = Callable[[ModuleType, Path], None]
 FREE = {"name": "gta", "open": "", "close": "", "format": "", "rl": {"kl_coef": 0.0, "std": False}}
 TAGS = {**FREE, "open": "+ ", "close": " ;", "format": r"\+ .* ; .*", "format_weight": 0.5}
 
@@ -61,7 +60,7 @@ class Given:
         return float(torch.tensor(self.stepped).norm())
 
 
-def gate(module: ModuleType, folder: Path) -> None:
+def test_gate(tmp_path: Path) -> None:
     weights_ = {"sft_weight": 2.0, "rl_weight": 0.5}
     cases = [([1.0, 0.0], [-1.0, 2.0], -1 / math.sqrt(5), True),  # against each other
              ([1.0, 0.0], [-1e-9, 2.0], -5e-10, True),
@@ -71,7 +70,7 @@ def gate(module: ModuleType, folder: Path) -> None:
     for sft, rl, cosine, dropped in cases:
         for on in (True, False):
             run = SimpleNamespace()
-            method = module.Gta(GtaOptions.model_validate({**FREE, **weights_, "gate": on}), run)
+            method = gta.Gta(GtaOptions.model_validate({**FREE, **weights_, "gate": on}), run)
             policy = Given(sft, rl)
             found = method.update(policy, None, 0)
             close(found["gta/cos"], cosine, 1e-15, f"cosine of {sft} and {rl}")
@@ -113,14 +112,14 @@ def words(session: Any, row: Any, mask: np.ndarray) -> str:
 SPOKEN = ("+ 7 8 ; 1 2", "+ 9 ; 3", "4 5 6", "+ 3 1")
 
 
-def spoken(module: ModuleType, folder: Path, method: dict[str, Any], grades: str = "+-++") -> Any:
-    session = opened(folder, method, grades, module.Gta)
+def spoken(folder: Path, method: dict[str, Any], grades: str = "+-++") -> Any:
+    session = opened(folder, method, grades)
     session.roll.engine = Says(session, *SPOKEN)
     return session
 
 
-def masks(module: ModuleType, folder: Path) -> None:
-    session = spoken(module, folder / "tags", TAGS)
+def test_masks(tmp_path: Path) -> None:
+    session = spoken(tmp_path / "tags", TAGS)
     rows = gather(session)
     rollouts, labels = rows[:16], rows[16:]
     assert [words(session, r, r.streams["pg"].mask) for r in rollouts[:4]] == [
@@ -130,22 +129,22 @@ def masks(module: ModuleType, folder: Path) -> None:
         assert words(session, row, row.own) == f"+ {row.problem.answer} ;", "no end token: nothing ends here"
         assert words(session, row, row.streams["nll"].mask) == row.problem.answer and set(row.streams) == {"nll"}
     assert session.method.measured["gta/format"] == 0.5
-    free = spoken(module, folder / "free", FREE)
+    free = spoken(tmp_path / "free", FREE)
     rows = gather(free)
     assert [words(free, r, r.streams["pg"].mask) for r in rows[:4]] == [
         "7 8 ; 1 2 <eos>", "9 ; 3 <eos>", "5 6 <eos>", "3 1 <eos>"], "the first token is the guess: a label has one"
     assert all(words(free, r, r.streams["nll"].mask) == words(free, r, r.own) == r.problem.answer for r in rows[16:])
     right = np.mean([free.chat.tokenizer.decode(r.ids[r.own][:1]) == r.problem.answer for r in rows[:16]])
     assert free.method.measured == {"gta/guessed": right}
-    kl = spoken(module, folder / "kl", {**TAGS, "rl": {}})
+    kl = spoken(tmp_path / "kl", {**TAGS, "rl": {}})
     rows = gather(kl)
     assert all((r.streams["kl"].mask == r.streams["pg"].mask).all() for r in rows[:16]), "L_RL is without the guess"
 
 
-def labels_(module: ModuleType, folder: Path) -> None:
+def test_labels(tmp_path: Path) -> None:
     """Its first words, and longer ones: the guess is as long as the label."""
     for count, wanted in ((0, "1 2 3"), (1, "1"), (2, "1 2"), (9, "1 2 3")):
-        session = spoken(module, folder / str(count), {**FREE, "words": count})
+        session = spoken(tmp_path / str(count), {**FREE, "words": count})
         from dataclasses import replace
 
         train = tuple(replace(p, answer=" 1 2 3 ") for p in session.data.splits.train)
@@ -157,9 +156,9 @@ def labels_(module: ModuleType, folder: Path) -> None:
         assert left == len(wanted.split())
 
 
-def both_losses(module: ModuleType, folder: Path) -> None:
+def test_both_losses(tmp_path: Path) -> None:
     """The step is that of the two sums, each over its own count; rewards have the format's part in them."""
-    session = spoken(module, folder, {**TAGS, "gate": False, "sft_weight": 0.7, "rl_weight": 1.3})
+    session = spoken(tmp_path, {**TAGS, "gate": False, "sft_weight": 0.7, "rl_weight": 1.3})
     rows, start = gather(session), weights(session)
     rollouts, labels = rows[:16], rows[16:]
     grades = [1.0, 0.0, 1.0, 1.0] * 4
@@ -177,7 +176,7 @@ def both_losses(module: ModuleType, folder: Path) -> None:
     gradient = slope(session, parts)
     session.method.update(session.policy, make_batch(rows), 0)
     same(weights(session), {n: start[n] - 0.1 * gradient[n] for n in start}, start, "both losses")
-    flat = spoken(module, folder / "flat", FREE, "+")
+    flat = spoken(tmp_path / "flat", FREE, "+")
     rows, start = gather(flat), weights(flat)
     labels = rows[16:]
     gradient = slope(flat, [(r, 1 / len(labels) * r.own) for r in labels])
@@ -185,41 +184,22 @@ def both_losses(module: ModuleType, folder: Path) -> None:
     same(weights(flat), {n: start[n] - 0.1 * gradient[n] for n in start}, start, "all pass: the labels alone")
 
 
-CHECKS: dict[str, Check] = {c.__name__: c for c in (gate, masks, labels_, both_losses)}
+MUTANTS = mutants(
+    gta,
+    Mutant("compare", "Gta.update", 0, by=in_folder(test_gate)),  # dropped at right angles
+    Mutant("mask", "Gta.update", "gate 0", by=in_folder(test_gate)),
+    Mutant("branch", "Gta.update", "blend 0", by=in_folder(test_gate)),
+    Mutant("mask", "without", "mask 0", by=in_folder(test_masks)),
+    Mutant("mask", "Gta.label_row", "guess", by=in_folder(test_masks)),
+    Mutant("term", "Gta.gather", "format_weight 0", by=in_folder(test_both_losses)),
+    Mutant("constant", "Gta.update", "sft_weight", to=1.0, by=in_folder(test_both_losses)),
+    Mutant("branch", "Gta.label", "words 1", by=in_folder(test_labels)),
+)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_check(name: str, tmp_path: Path) -> None:
-    CHECKS[name](gta_module, tmp_path)
-
-
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "dropped at right angles": ((("o.gate and cosine < 0", "o.gate and cosine <= 0"),), "gate"),
-    "dropped where they agree": ((("o.gate and cosine < 0", "o.gate and cosine > 0"),), "gate"),
-    "a margin": ((("o.gate and cosine < 0", "o.gate and cosine < -0.1"),), "gate"),
-    "no gate": ((("o.gate and cosine < 0", "False"),), "gate"),
-    "always gated": ((("o.gate and cosine < 0", "cosine < 0"),), "gate"),
-    "SFT wins": ((("rl.theta if dropped else", "sft.theta if dropped else"),), "gate"),
-    "not a cosine": ((("/ sizes if sizes else 0.0", "if sizes else 0.0"),), "gate"),
-    "the guess is RL's too": ((("mask=s.mask & ~guess", "mask=s.mask"),), "masks"),
-    "the guess alone": ((("mask=s.mask & ~guess", "mask=s.mask & guess"),), "masks"),
-    "tags in the label": (((", mask=self.guess(chat, row, len(ids))", ""),), "masks"),
-    "an end token": ((("Row(ids[:-1], own[:-1]", "Row(ids, own"),), "masks"),
-    "no format": ((("o.format_weight * self.fits(row.text)", "0.0"),), "both_losses"),
-    "a part of the text": ((("re.fullmatch(", "re.search("), ("text, re.DOTALL) is not None",
-                                                              "text, re.DOTALL) is None")), "both_losses"),
-    "SFT's weight": ((('{"nll": o.sft_weight}', '{"nll": 1.0}'),), "both_losses"),
-    "RL's weight": ((("rl_coef(o.rl, o.rl_weight)", "rl_coef(o.rl)"),), "both_losses"),
-    "the last words": ((("words[:self.options.words]", "words[-self.options.words:]"),), "labels_"),
-    "always one token": ((("else (0, size)", "else (0, 1)"),), "labels_"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str, tmp_path: Path) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](mutate(gta_module, swaps), tmp_path)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 # -- spans -------------------------------------------------------------------------------------------------------------
@@ -289,14 +269,14 @@ def test_labels_are_needed(tmp_path: Path) -> None:
     from dataclasses import replace
 
     session = opened(tmp_path, FREE)
-    assert gta_module.Gta.needs == {"labels"} and "labels" in session.data.facts()
+    assert gta.Gta.needs == {"labels"} and "labels" in session.data.facts()
     splits = session.data.splits
     bare = replace(splits, train=(replace(splits.train[0], answer=None), *splits.train[1:]))
     assert "labels" not in Data(bare, 0).facts()
 
 
 def test_the_format_of_the_paper() -> None:
-    fits = gta_module.Gta(GtaOptions(), SimpleNamespace()).fits  # type: ignore[arg-type]
+    fits = gta.Gta(GtaOptions(), SimpleNamespace()).fits  # type: ignore[arg-type]
     assert fits("<guess>a</guess>\n<think>b\nc</think> <answer>d</answer>\n")
     for text in ("<think>b</think><answer>d</answer>", "<guess>a</guess><answer>d</answer><think>b</think>",
                  "x <guess>a</guess><think>b</think><answer>d</answer>"):

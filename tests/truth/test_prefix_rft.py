@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bigram import END, Answer, V, World, ids_of, method_of, problem, slope
-from mutants import Swaps, mutate
+from mutation import Mutant, mutants
 
 from bridgelm.errors import UserError
-from bridgelm.methods import prefix_rft as prefix_module
+from bridgelm.methods import prefix_rft
 from bridgelm.methods.grpo import Grpo
-from bridgelm.model.batching import make_batch
+from bridgelm.model.batching import make_batch, split_rows
 
 LONG = " ".join(str(1 + (3 * i) % 5) for i in range(20))
 PROBLEMS = [problem("a", "1 1", LONG), problem("b", "1 2", "5 4 3 2 1 5 4 3 2 1"), problem("c", "2 1", "3 1 4 1 5 2"),
@@ -34,16 +32,16 @@ def reward(_: str, answer: Answer) -> float:
     return float([5, *(t for t in answer if t != END)][-1] == 5)
 
 
-def world(module: Any = prefix_module, problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),
+def world(problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),
           judge: Any = reward, group: int = 4, **options: Any) -> World:
-    method = method_of(module.PrefixRft, {"name": "prefix_rft", **options}, prompts=len(problems), steps=steps,
+    method = method_of(prefix_rft.PrefixRft, {"name": "prefix_rft", **options}, prompts=len(problems), steps=steps,
                        group=group, **{"max_new_tokens": 32, "temperature": 0.8, **dict(rollout)})
     return World(method, problems, reply, judge)
 
 
-def lengths(module: ModuleType) -> None:
+def test_lengths() -> None:
     """floor(l |y*|) with l uniform on [low_t, .95], and low_t along the cosine."""
-    made = world(module, steps=501)
+    made = world(steps=501)
     wanted = {0: 0.95, 125: 0.5 + 0.45 * math.sqrt(0.5), 250: 0.5, 375: 0.5 - 0.45 * math.sqrt(0.5), 500: 0.05}
     for step, low in wanted.items():
         assert made.method.low(step) == pytest.approx(low, abs=1e-12), step
@@ -58,9 +56,9 @@ def lengths(module: ModuleType) -> None:
     answer = [*ids_of(LONG), END]
     assert made.method.prefix(made.roll, PROBLEMS[0], 250, 3).tolist() == answer[:len(
         made.method.prefix(made.roll, PROBLEMS[0], 250, 3))]
-    whole = world(module, low_start=1.0, high=1.0)  # the last token is never shown
+    whole = world(low_start=1.0, high=1.0)  # the last token is never shown
     assert len(whole.method.prefix(whole.roll, PROBLEMS[0], 0, 0)) == 20
-    short = world(module, low_start=1.0, high=1.0, rollout={"max_new_tokens": 8})
+    short = world(low_start=1.0, high=1.0, rollout={"max_new_tokens": 8})
     assert len(short.method.prefix(short.roll, PROBLEMS[0], 0, 0)) == 7
     draws = [tuple(len(made.method.prefix(made.roll, PROBLEMS[0], 400, i + j)) for i in range(6)) for j in (0, 1)]
     assert draws[0][1:] == draws[1][:-1] and len(set(draws[0])) > 1
@@ -82,12 +80,12 @@ def slow_advantages(plain: list[float], led: list[float], n: int, raw: bool, std
     return own, prefix, rest
 
 
-def loss(module: ModuleType) -> None:
+def test_loss() -> None:
     cases: list[dict[str, Any]] = [
         {}, {"continuation": "zero"}, {"cut": 0.0, "rl": {"std": True}}, {"cut": 0.3, "hybrids": 2, "group": 5},
         {"hybrids": 3, "group": 6, "rl": {"std": True}, "cut": 0.5}]
     for options in cases:
-        made = world(module, **options)
+        made = world(**options)
         found = made.step(6)
         n, group = options.get("hybrids", 1), options.get("group", 4)
         assert [len(call) for call in made.calls] == [4 * (group - n), 4 * n]
@@ -129,10 +127,11 @@ def loss(module: ModuleType) -> None:
             np.mean([reward("", tuple(r.ids[2:])) for r in hybrids]))
 
 
-def numbers(module: ModuleType) -> None:
+def test_numbers() -> None:
     """By hand: plain rewards 1, 0, 0 have mean 1/3; a hybrid of reward 1 gets 2/3 on its prefix and 1 afterwards."""
     scripted = {"": [(5, END), (1, END), (2, END)], "led": [(3, 5, END)]}
-    method = method_of(module.PrefixRft, {"name": "prefix_rft", "cut": 0.0, "low_start": 0.5, "high": 0.5}, prompts=1)
+    method = method_of(prefix_rft.PrefixRft, {"name": "prefix_rft", "cut": 0.0, "low_start": 0.5, "high": 0.5},
+                       prompts=1)
     made = World(method, PROBLEMS[2:3], lambda _, prefix, i: scripted["led" if prefix else ""][i], reward)
     rows = made.step(0).rows
     assert [row.streams["pg"].weight[-1] for row in rows[:3]] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
@@ -144,21 +143,21 @@ def numbers(module: ModuleType) -> None:
     assert hybrid.streams["pg"].mask.sum() == 6 and not hybrid.streams["pg"].weight.any()
 
 
-def cuts(module: ModuleType) -> None:
+def test_cuts() -> None:
     """80 % of the tokens, counted, lose their weight; tokens of one entropy stay or go together."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 10, 99, 100):
         values = rng.random(n)
         for cut in ("0", "0.2", "0.5", "0.57", "0.8", "0.99"):
-            least = module.threshold(rng.permutation(values), float(cut))
+            least = prefix_rft.threshold(rng.permutation(values), float(cut))
             assert (values >= least).sum() == n - math.floor(Fraction(cut) * n), (n, cut)
-    assert module.threshold(np.array([2.0, 1.0, 1.0, 1.0]), 0.5) == 1.0
-    assert module.threshold(np.empty(0), 0.8) == math.inf
+    assert prefix_rft.threshold(np.array([2.0, 1.0, 1.0, 1.0]), 0.5) == 1.0
+    assert prefix_rft.threshold(np.empty(0), 0.8) == math.inf
 
 
-def clip(module: ModuleType) -> None:
+def test_clip() -> None:
     """Prefix tokens have PPO's ratio against the policy that the step began with: at another theta, term by term."""
-    made = world(module, cut=0.0)
+    made = world(cut=0.0)
     data_rows = made.step(6).rows
     with torch.no_grad():
         made.policy.theta = made.policy.theta + 0.4 * torch.sin(torch.arange(V * V, dtype=torch.float64)).view(V, V)
@@ -179,11 +178,11 @@ def clip(module: ModuleType) -> None:
         assert found.losses[name] == pytest.approx(value / tokens, rel=1e-12)
 
 
-def flat(module: ModuleType) -> None:
+def test_flat() -> None:
     """All fail, or all pass with `zero`: nothing. All pass as published: continuations, with weight 1."""
     for constant, continuation, still in ((0.0, "raw", True), (1.0, "zero", True), (0.1, "zero", True),
                                           (1.0, "raw", False)):
-        made = world(module, judge=lambda *_, c=constant: c, continuation=continuation, group=7)
+        made = world(judge=lambda *_, c=constant: c, continuation=continuation, group=7)
         found = made.step(6)
         wanted, tokens = np.zeros((V, V)), 0
         for row in found.rows:
@@ -195,11 +194,11 @@ def flat(module: ModuleType) -> None:
         assert bool(np.abs(wanted).max() > 0) is not still
 
 
-def without_demonstrations(module: ModuleType) -> None:
+def test_without_demonstrations() -> None:
     """Nothing to show, or a prefix of no token: grpo."""
     for step, problems, options in ((0, PROBLEMS[3:], {}), (9, PROBLEMS[2:3], {"low_end": 0.0, "high": 0.1,
                                                                                "low_start": 0.1})):
-        one = world(module, problems, **options).step(step)
+        one = world(problems, **options).step(step)
         grpo = World(method_of(Grpo, {"name": "grpo"}, prompts=1, max_new_tokens=32, temperature=0.8), problems, reply,
                      reward)
         two = grpo.step(step)
@@ -207,7 +206,7 @@ def without_demonstrations(module: ModuleType) -> None:
         assert np.abs(two.applied[0][1]).max() > 0.01
 
 
-def failed_grades(module: ModuleType) -> None:
+def test_failed_grades() -> None:
     """A hybrid that could not be graded, and one without a graded plain rollout, have no part in it."""
     failed: set[str] = set()
 
@@ -217,7 +216,7 @@ def failed_grades(module: ModuleType) -> None:
             failed.add(name) if name == "c" else None
             return None
         return reward(name, answer)
-    made = world(module, judge=judge, hybrids=2, group=5)
+    made = world(judge=judge, hybrids=2, group=5)
     rows = made.step(2).rows
     used = [(row.problem.id, row.given > 0, "hybrid" in row.streams) for row in rows]
     assert [u for name, led, u in used if name == "c" and led] == [False, True], "one of the two was not graded"
@@ -225,75 +224,26 @@ def failed_grades(module: ModuleType) -> None:
     assert not any(u for name, led, u in used if name == "b" or (name == "a" and led))
 
 
-CHECKS: dict[str, Callable[[ModuleType], None]] = {
-    "lengths": lengths, "loss": loss, "numbers": numbers, "cuts": cuts, "clip": clip, "flat": flat,
-    "without_demonstrations": without_demonstrations, "failed_grades": failed_grades,
-}
+MUTANTS = mutants(
+    prefix_rft,
+    Mutant("constant", "PrefixRft.low", "cosine", to="linear", by=test_lengths),
+    Mutant("term", "PrefixRft.prefix", "high 2", by=test_lengths),  # always the shortest
+    Mutant("term", "PrefixRft.prefix", 8, by=test_lengths),  # nothing is left to draw
+    Mutant("term", "PrefixRft.credited", "exact_mean 0", by=test_loss),
+    Mutant("denominator", "PrefixRft.credited", "hybrids", by=test_loss),
+    Mutant("branch", "PrefixRft.continuation", "raw 2", by=test_flat),
+    Mutant("compare", "PrefixRft.credited", 5, by=test_loss),  # the highest entropies lose their weight
+    Mutant("term", "threshold", 0, by=test_cuts),
+    Mutant("drop", "scored", "old_logps 3", by=test_numbers),
+)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_prefix_rft(name: str) -> None:
-    CHECKS[name](prefix_module)
-
-
-DRAW = "(low + (self.options.high - low) * draw) * len(answer)"
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "linear schedule": ((('schedule("cosine"', 'schedule("linear"'),), "lengths"),
-    "schedule reversed": ((("o.low_start, o.low_end", "o.low_end, o.low_start"),), "lengths"),
-    "from nothing": (((DRAW, "self.options.high * draw * len(answer)"),), "lengths"),
-    "always the shortest": (((DRAW, "low * len(answer)"),), "lengths"),
-    "rounded": ((("int((low", "round((low"),), "lengths"),
-    "end token not counted": (((DRAW, DRAW.replace("len(answer)", "(len(answer) - 1)")),), "lengths"),
-    "no guard": ((("min(length, len(answer) - 1, ", "min(length, "),), "lengths"),
-    "no room": ((("len(answer) - 1, self.run.rollout.max_new_tokens - 1)", "len(answer) - 1)"),), "lengths"),
-    "one draw for a step": ((("step, place, 1)", "step, 0, 1)"),), "lengths"),
-    "hybrid in the mean": ((("baselines, own = group_rewards(plain), group_rewards(led)",
-                             "baselines, own = group_rewards(plain + led), group_rewards(led)"),), "loss"),
-    "by the number of tokens": ((("ahead / o.hybrids", "ahead / row.given"),), "numbers"),
-    "not divided": ((("ahead / o.hybrids", "ahead"),), "loss"),
-    "prefix gets the reward": ((("ahead / o.hybrids", "row.reward / o.hybrids"),), "numbers"),
-    "continuation centred": (((' if self.options.continuation == "raw" else 0.0', " - 0.5"),), "numbers"),
-    "always raw": ((('self.options.continuation == "raw"', "True"),), "flat"),
-    "several not centred": ((("(reward - exact_mean(rewards)) / deviation", "reward / deviation"),), "loss"),
-    "std forgotten": ((("if self.options.rl.std else 1.0", "if False else 1.0"),), "loss"),
-    "std of plain forgotten": ((("with_advantages(plain, o.rl.std,", "with_advantages(plain, False,"),), "loss"),
-    "low entropy kept": ((("mask & (entropy >= least)", "mask & (entropy <= least)"),), "loss"),
-    "cut of all tokens": ((("weight[mask & (entropy >= least)]", "weight[entropy < least] = 0.0\n"
-                            "                weight[mask & (entropy >= least)]"),), "loss"),
-    "cut from the other end": ((("math.floor(cut * len(everywhere) + 1e-9)",
-                                 "min(len(everywhere) - 1, math.floor((1 - cut) * len(everywhere)))"),), "cuts"),
-    "one too many": ((("everywhere[math.floor(cut * len(everywhere) + 1e-9)]",
-                       "everywhere[min(len(everywhere) - 1, math.floor(cut * len(everywhere) + 1e-9) + 1)]"),), "cuts"),
-    "rounding of the count": (((" + 1e-9)", ")"),), "cuts"),
-    "each half by its own tokens": (
-        (("[both(row, \"pg\") for row in plain] + [both(row, \"hybrid\") for row in led]", "plain + led"),), "loss"),
-    "prefix does not count": (((", mask=row.own)\n            rows", ", mask=row.drawn)\n            rows"),), "loss"),
-    "unclipped": (((
-        'losses.pg_clip(live.logp_BT, batch.old_BT, weight["hybrid"], rl.clip_low, rl.clip_high)',
-        '-weight["hybrid"] * (live.logp_BT - batch.old_BT).exp()'),), "clip"),
-    "prefix as if by another": (((
-        "old_logps=np.where(row.drawn, row.old_logps, logp)", "old_logps=row.old_logps"),), "numbers"),
-    "empty prefixes are hybrids": (
-        (("        plain += [row for row in led if not row.given]\n", ""),
-         ("for row in led if row.given]", "for row in led]")),
-        "without_demonstrations"),
-    "failed hybrids count": ((("row.verdict is not Verdict.ERROR and row.group in baselines",
-                               "row.group in baselines and row.group in own"),), "failed_grades"),
-    "a mean that is not exact": ((("rewards[0] + float(np.mean([reward - rewards[0] for reward in rewards]))",
-                                   "sum(rewards) / len(rewards)"),), "flat"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](mutate(prefix_module, swaps, "mutant"))
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 def test_several_updates_keep_hybrids_with_their_group() -> None:
-    from bridgelm.model.batching import split_rows
-
     rows = world().step(3).rows
     for part in split_rows(rows, 2):
         groups = {row.group for row in part}
@@ -306,4 +256,4 @@ def test_what_is_refused() -> None:
                            ({"high": 0.5}, "low_start")):
         with pytest.raises(UserError, match=words):
             world(**options)
-    assert prefix_module.PrefixRft.needs == {"paired_demos"}
+    assert prefix_rft.PrefixRft.needs == {"paired_demos"}

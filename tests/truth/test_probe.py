@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mutants import mutate
+from mutation import Mutant, mutants
 from torch import Tensor
 from transformer import wide_norm
 
 from bridgelm.config.run_config import make_config
 from bridgelm.diagnosis.measure import measure_saved
 from bridgelm.model.batching import halves, make_batch
+from bridgelm.objective import credit
 from bridgelm.runs.folder import read_lines
 from bridgelm.runs.reader import Run
 from bridgelm.training import loop, measurements
@@ -113,7 +114,7 @@ def moved(session: Callable[..., Any]) -> Any:
     with torch.no_grad():
         for i, t in enumerate(made.policy.groups["theta"].full.values()):
             t += 0.05 * torch.sin(torch.arange(t.numel(), dtype=t.dtype) + i).reshape(t.shape)
-    made.policy.live.stale = True
+    made.policy.load(made.policy.tensors())  # the merged weights are old
     return made, start
 
 
@@ -125,13 +126,13 @@ def expected(made: Any, start: dict[str, Tensor]) -> tuple[dict[str, float], lis
     model, parts = made.policy.model, {}
     tokens = sum(int(row.own.sum()) for row in demos)
     means = {row.group: np.mean([r.reward for r in drawn if r.group == row.group]) for row in drawn}
-    credit = [row.reward - means[row.group] for row in drawn]
+    gains = [row.reward - means[row.group] for row in drawn]
     drawn_tokens = sum(int(row.own.sum()) for row in drawn)
     with made.policy.at("live"):
         parts["sft"], ce = plain_gradient(model, demos, [1.0] * len(demos), tokens)
-        parts["rl"], _ = plain_gradient(model, drawn, credit, drawn_tokens)
+        parts["rl"], _ = plain_gradient(model, drawn, gains, drawn_tokens)
         for name, rows, weights, below in (("sft", demos, [1.0] * len(demos), tokens),
-                                           ("rl", drawn, credit, drawn_tokens)):
+                                           ("rl", drawn, gains, drawn_tokens)):
             first = {id(row) for row in halves(make_batch(rows))[0].rows}
             for half in (True, False):
                 kept = [i for i, row in enumerate(rows) if (id(row) in first) == half]
@@ -151,9 +152,9 @@ def expected(made: Any, start: dict[str, Tensor]) -> tuple[dict[str, float], lis
     return {name: float(value) for name, value in values.items()}, drawn
 
 
-def measured(made: Any, start: dict[str, Tensor], module: Any = measurements) -> dict[str, float]:
+def measured(made: Any, start: dict[str, Tensor]) -> dict[str, float]:
     sample = measurements.draw_sample(made.data.splits, made.config)
-    return module.measure(made.policy, made.roll, sample, PROBE["group"], start)
+    return measurements.measure(made.policy, made.roll, sample, PROBE["group"], start)
 
 
 def wrong(found: dict[str, float], right: dict[str, float]) -> set[str]:
@@ -167,28 +168,23 @@ def test_the_numbers_are_those_of_the_plain_formulas(moved: Any) -> None:
     assert not wrong(measured(*moved), right)
 
 
-MUTANTS = {
-    "twice": (("square = 4 *", "square = 2 *"), {"square_sft", "square_rl"}),
-    "one half for both": (("policy.dot(first.theta, second.theta)", "policy.dot(first.theta, first.theta)"),
-                          {"square_sft", "square_rl"}),
-    "rewards for advantages": (("credit.with_advantages(drawn)", '[r.with_stream("pg", r.reward) for r in drawn]'),
-                               {"cosine", "dot", "norm_rl", "square_rl"}),
-    "RL's loss turned": (("gradient(policy, credit.with_advantages(drawn), \"pg\")",
-                          "gradient(policy, [r.with_stream(\"pg\", -r.streams[\"pg\"].weight) for r in "
-                          "credit.with_advantages(drawn)], \"pg\")"), {"cosine", "dot"}),
-    "the KL's other side": (("np.expm1(gap) - gap", "np.expm1(-gap) + gap"), {"kl_start"}),
-    "KL at the live weights": (("with policy.holding(start):", "if True:"), {"kl_start"}),
-    "a mean of the halves' losses": (("first.losses[name] + second.losses[name]", "first.losses[name]"), {"demo_ce"}),
-    "start in the place of live": (("moved += float((weight.double()", "moved += float((start[name].double()"),
-                                   {"distance", "distance_share"}),
-}
+SEEN = (  # a mutant, and the numbers that are wrong by it
+    (Mutant("term", "gradient", "dot 1"), {"square_sft", "square_rl"}),
+    (Mutant("term", "gradient", "losses 0"), {"demo_ce"}),
+    (Mutant("branch", "with_advantages", "zscore 0", of=credit), {"dot", "norm_rl", "square_rl"}),
+    (Mutant("swap", "kl_from", "old_logps"), {"kl_start"}),
+    (Mutant("sign", "kl_from", "expm1"), {"kl_start"}),
+    (Mutant("term", "distance", "double 0"), {"distance", "distance_share"}),
+    (Mutant("term", "measure", 2), {"cosine"}),  # one of its two norms
+)
+MUTANTS = mutants(measurements, *(mutant for mutant, _ in SEEN))
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_seen(moved: Any, name: str) -> None:
-    swap, seen = MUTANTS[name]
+@pytest.mark.parametrize(("mutant", "seen"), [*zip(MUTANTS, (seen for _, seen in SEEN), strict=True)], ids=str)
+def test_mutant_is_seen(moved: Any, mutant: Mutant, seen: set[str]) -> None:
     right, _ = expected(*moved)
-    assert wrong(measured(*moved, mutate(measurements, (swap,))), right) == seen
+    with mutant.applied():
+        assert wrong(measured(*moved), right) == seen
 
 
 def test_the_sample_is_the_same_for_every_seed_and_held_out_where_it_can_be(session: Callable[..., Any]) -> None:

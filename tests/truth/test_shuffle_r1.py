@@ -4,27 +4,25 @@ that count several times by rows that are written down several times. Mutants of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from checks import close
-from hand import advantages, gather, opened, same, sessions, slope, weights
-from mutants import Swaps, mutate
+from hand import advantages, gather, in_folder, opened, same, sessions, slope, weights
+from mutation import Mutant, mutants
 
 from bridgelm.config.run_config import load_config, make_config
 from bridgelm.errors import UserError
-from bridgelm.methods import shuffle_r1 as shuffle_module
+from bridgelm.methods import shuffle_r1
 from bridgelm.model import batching
 from bridgelm.model.batching import make_batch
 from bridgelm.types import Row
 from tiny import raw_config
 
 ROOT = Path(__file__).parents[2]
-Check = Callable[[ModuleType, Path], None]
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +44,20 @@ def brute_pairs(values: Sequence[float]) -> list[tuple[float, ...]]:
     return out + [(value,) for value in left]
 
 
-def pairing(module: ModuleType, folder: Path) -> None:
+def test_pairing(tmp_path: Path) -> None:
     for n in range(1, 7):
         for values in itertools.product((-1.5, 0.0, 0.25, 2.0), repeat=n):
             members = [10 + 3 * k for k in range(n)]
-            found = module.pairs(members, values)
+            found = shuffle_r1.pairs(members, values)
             assert sorted(i for pair in found for i in pair) == members, "each answer once"
             by_value = dict(zip(members, values))
             assert [tuple(by_value[i] for i in pair) for pair in found] == brute_pairs(values)
-    assert module.pairs([7, 8, 9, 4], [1.0, 0.0, 0.0, 1.0]) == [(7, 9), (4, 8)], "ties in the order they came in"
+    assert shuffle_r1.pairs([7, 8, 9, 4], [1.0, 0.0, 0.0, 1.0]) == [(7, 9), (4, 8)], "ties in the order they came in"
     # The official code's own example: 16 answers, 8 pairs, 4 kept; the sizes that int((1 - prune) * pairs) gives.
-    sixteen = module.pairs(range(16), [float(k) for k in range(16)])
-    assert list(module.first(sixteen, 0.5)) == [(15, 0), (14, 1), (13, 2), (12, 3)]
-    for n, keep, wanted in ((4, 0.5, 2), (3, 0.5, 1), (4, 1.0, 4), (4, 0.1, 1), (10, 0.7, 7), (1, 0.5, 1)):
-        assert len(module.first(range(n), keep)) == wanted, (n, keep)
+    sixteen = shuffle_r1.pairs(range(16), [float(k) for k in range(16)])
+    assert list(shuffle_r1.first(sixteen, 0.5)) == [(15, 0), (14, 1), (13, 2), (12, 3)]
+    for n, keep, wanted in ((4, 0.5, 2), (3, 0.5, 1), (4, 1.0, 4), (4, 0.1, 1), (100, 0.57, 57), (1, 0.5, 1)):
+        assert len(shuffle_r1.first(range(n), keep)) == wanted, (n, keep)
 
 
 # -- (2) ---------------------------------------------------------------------------------------------------------------
@@ -76,24 +74,24 @@ def inclusion(weights_K: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def multiplicities(module: ModuleType, folder: Path) -> None:
+def test_multiplicities(tmp_path: Path) -> None:
     w = np.array([3.0, 2.0, 1.0, 0.5, 1.5, 0.25])
     runs = 1200
     for draws, sizes in ((6, [1] * 6), (3, [2] * 3), (2, [3] * 2), (4, [2, 2, 1, 1]), (8, [1] * 6 + [0] * 2)):
-        found = np.array([module.drawn(w, draws, np.random.default_rng((1, seed))) for seed in range(runs)])
+        found = np.array([shuffle_r1.drawn(w, draws, np.random.default_rng((1, seed))) for seed in range(runs)])
         assert (found.sum(1) == 6).all(), "the size of the batch stays"
         assert found.max() <= sum(size > 0 for size in sizes), "at most once a draw"
         wanted = sum(inclusion(w, size) for size in sizes if size)
         error = np.sqrt(found.var(0) / runs)
         assert (abs(found.mean(0) - wanted) <= 4.5 * error + 1e-12).all(), (draws, found.mean(0), wanted)
     close(inclusion(w, 1) * 6, 6 * w / w.sum(), 1e-14, "one a draw: S w / sum w")
-    once = module.drawn(w, 1, np.random.default_rng(0))
+    once = shuffle_r1.drawn(w, 1, np.random.default_rng(0))
     assert (once == 1).all(), "S = 1: each pair once"
     # Pairs without a weight only fill up, and evenly.
-    flat = np.array([module.drawn(np.array([1.0, 0, 0, 0]), 2, np.random.default_rng((2, s))) for s in range(1200)])
+    flat = np.array([shuffle_r1.drawn(np.array([1.0, 0, 0, 0]), 2, np.random.default_rng((2, s))) for s in range(1200)])
     assert (flat[:, 0] == 2).all() and (flat.sum(1) == 4).all()
     assert abs(flat[:, 1:].mean(0) - 2 / 3).max() < 0.07
-    plenty = [module.drawn(np.array([1.0, 1, 1, 1, 0, 0, 0, 0]), 2, np.random.default_rng(s)) for s in range(20)]
+    plenty = [shuffle_r1.drawn(np.array([1.0, 1, 1, 1, 0, 0, 0, 0]), 2, np.random.default_rng(s)) for s in range(20)]
     assert all((times[4:] == 0).all() for times in plenty), "while there are pairs with a weight, no other is drawn"
 
 
@@ -109,10 +107,10 @@ def first_pair(values: Sequence[float]) -> set[int]:
     return {best, worst}
 
 
-def counted_rows(module: ModuleType, folder: Path) -> None:
+def test_counted_rows(tmp_path: Path) -> None:
     """With S draws of the batch's pairs; what was not kept stays as a row, for the log, and counts 0 times."""
     method = {"name": "shuffle_r1", "method": {"name": "joint"}, "draws": 2}
-    session = opened(folder, method, MIXED, module.ShuffleR1)
+    session = opened(tmp_path, method, MIXED)
     rows = gather(session)
     rollouts = [r for r in rows if r.kind == "rollout"]
     assert len(rollouts) == 16 and sum(r.times for r in rollouts) == 8, "half of the answers, counted with their times"
@@ -130,12 +128,12 @@ def counted_rows(module: ModuleType, folder: Path) -> None:
     close(session.method.measured["shuffle_r1/advantage_all"], np.mean(np.abs(gains)), 1e-15, "and of what was sampled")
 
 
-def like_copies(module: ModuleType, folder: Path) -> None:
+def test_like_copies(tmp_path: Path) -> None:
     """The step is that of a batch in which each row stands as often as it counts, for every denominator."""
     for aggregate in ("token", "row", "constant"):
         inner = {"name": "grpo", "rl": {"aggregate": aggregate, "std": True}}
         method = {"name": "shuffle_r1", "method": inner, "draws": 3, "keep": 1.0}
-        session = opened(folder / aggregate, method, [0, 0.3, 1, 0.9, *"++--", *"-+--", *"-+++"], module.ShuffleR1)
+        session = opened(tmp_path / aggregate, method, [0, 0.3, 1, 0.9, *"++--", *"-+--", *"-+++"])
         rows, start = gather(session), weights(session)
         assert {0.0, 1.0, 2.0} <= {r.times for r in rows}
         gains = advantages(rows, lambda g: float(np.sqrt(np.mean((g - g.mean()) ** 2))))
@@ -149,12 +147,11 @@ def like_copies(module: ModuleType, folder: Path) -> None:
         same(weights(session), wanted, start, aggregate)
 
 
-def alone(module: ModuleType, folder: Path) -> None:
+def test_alone(tmp_path: Path) -> None:
     """Everything kept and no shuffle: the wrapped method to the bit of its rows, and its step to rounding."""
     inner = {"name": "grpo", "rl": {"kl_coef": 0.1}}
-    plain = opened(folder / "plain", inner, "+--?-++")
-    wrapped = opened(folder / "wrapped", {"name": "shuffle_r1", "method": inner, "keep": 1.0, "draws": 1}, "+--?-++",
-                     module.ShuffleR1)
+    plain = opened(tmp_path / "plain", inner, "+--?-++")
+    wrapped = opened(tmp_path / "wrapped", {"name": "shuffle_r1", "method": inner, "keep": 1.0, "draws": 1}, "+--?-++")
     for step in range(2):
         start = weights(plain)
         one, two = gather(plain, step), gather(wrapped, step)
@@ -166,32 +163,31 @@ def alone(module: ModuleType, folder: Path) -> None:
     assert plain.policy.ledger.rollouts == wrapped.policy.ledger.rollouts, "as many answers are paid for"
 
 
-def seeded(module: ModuleType, folder: Path) -> None:
+def test_seeded(tmp_path: Path) -> None:
     """By the run's seed and the step, and by nothing else."""
     method = {"name": "shuffle_r1", "keep": 1.0, "draws": 4}
     graded = [0, 0.3, 1, 0.9, *"++--", *"-+--", *"-+++"]
     times = {}
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        session = opened(folder / f"{len(times)}-{seed}-{step}", method, graded, module.ShuffleR1, seed=seed)
+        session = opened(tmp_path / f"{len(times)}-{seed}-{step}", method, graded, seed=seed)
         found = [r.times for r in gather(session, step)]
         assert times.setdefault((seed, step), found) == found
     assert len({tuple(t) for t in times.values()}) == 3
 
 
-def pair_weights(module: ModuleType, folder: Path) -> None:
+def test_pair_weights(tmp_path: Path) -> None:
     kinds = {"sum": 3.5, "max": 2.0, "positive": 1.5}
     for kind, wanted in kinds.items():
-        config = make_config(raw_config(folder / kind, {"name": "shuffle_r1", "weight": kind}, folder))
-        method = module.ShuffleR1(config.method, config)
+        config = make_config(raw_config(tmp_path / kind, {"name": "shuffle_r1", "weight": kind}, tmp_path))
+        method = shuffle_r1.ShuffleR1(config.method, config)
         close(method.weight([1.5, -2.0]), wanted, 0.0, kind)
     # A power of 0 draws evenly, a large one takes the largest.
     graded = [*"+-+-", *"++++", *"+---", *"----"]
     few = {"name": "shuffle_r1", "draws": 4, "method": {"name": "grpo", "rl": {"std": False}}}
-    session = opened(folder / "steep", {**few, "power": 400.0}, [1, 0, 0.5, 0.5, *"----", 0.8, 0, 0.4, 0.4, *"----"],
-                     module.ShuffleR1)
+    session = opened(tmp_path / "steep", {**few, "power": 400.0}, [1, 0, 0.5, 0.5, *"----", 0.8, 0, 0.4, 0.4, *"----"])
     rows = gather(session)
     assert [sum(r.times for r in rows[4 * g:4 * g + 4]) for g in range(4)] == [8, 0, 0, 0], "1 ** 400 against .8 ** 400"
-    even = opened(folder / "even", {**few, "power": 0.0}, graded, module.ShuffleR1)
+    even = opened(tmp_path / "even", {**few, "power": 0.0}, graded)
     total = np.zeros(4)
     for step in range(20):
         rows = gather(even, step)
@@ -199,67 +195,23 @@ def pair_weights(module: ModuleType, folder: Path) -> None:
     assert abs(total / 20 - 2).max() < 1.2, "evenly, flat groups too"
 
 
-CHECKS: dict[str, Check] = {check.__name__: check for check in (
-    pairing, multiplicities, counted_rows, like_copies, alone, seeded, pair_weights)}
+MUTANTS = mutants(
+    shuffle_r1,
+    Mutant("sign", "pairs", 0, by=in_folder(test_pairing)),
+    Mutant("branch", "pairs", "len 1", by=in_folder(test_pairing)),  # the middle one is lost
+    Mutant("term", "first", 0, by=in_folder(test_pairing)),
+    Mutant("swap", "drawn", "exponential", by=in_folder(test_multiplicities)),
+    Mutant("term", "drawn", 0, by=in_folder(test_multiplicities)),  # a short batch
+    Mutant("term", "ShuffleR1.gather", "times 0", by=in_folder(test_counted_rows)),
+    Mutant("constant", "ShuffleR1.gather", "power", to=1.0, by=in_folder(test_pair_weights)),
+    Mutant("term", "collate", "times 1", by=in_folder(test_like_copies), of=batching),
+    Mutant("term", "make_batch", "times 1", by=in_folder(test_like_copies), of=batching),
+)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_check(name: str, tmp_path: Path) -> None:
-    CHECKS[name](shuffle_module, tmp_path)
-
-
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "best with second best": ((("order[::-1][:half]", "order[half:][:half]"),), "pairing"),
-    "worst first": ((("key=lambda k: -advantages[k]", "key=lambda k: advantages[k]"),), "pairing"),
-    "by size": ((("key=lambda k: -advantages[k]", "key=lambda k: -abs(advantages[k])"),), "pairing"),
-    "the middle one is lost": ((("*middle]", "]"),), "pairing"),
-    "the closest pairs": ((("found[:max(1, int(keep * len(found) + 1e-9))]",
-                            "found[-max(1, int(keep * len(found) + 1e-9)):]"),), "pairing"),
-    "rounded up": (((" + 1e-9)", " + 0.9)"),), "pairing"),
-    "with replacement": ((("chosen = np.lexsort((rng.random(total), key))[:total // draws + (s < total % draws)]",
-                           "chosen = rng.choice(total, total // draws + (s < total % draws), p=weights_K / "
-                           "weights_K.sum())"), ("times[chosen] += 1", "np.add.at(times, chosen, 1)")),
-                         "multiplicities"),
-    "upside down": ((("/ weights_K", "* weights_K"),), "multiplicities"),
-    "evenly": ((("/ weights_K", "/ 1.0"),), "multiplicities"),
-    "by the square": ((("/ weights_K", "/ weights_K**2"),), "multiplicities"),
-    "a short batch": (((" + (s < total % draws)", ""),), "multiplicities"),
-    "no tie broken": ((("np.lexsort((rng.random(total), key))", "np.argsort(key, kind='stable')"),), "multiplicities"),
-    "once is enough": ((("times[chosen] += 1", "times[chosen] = 1"),), "multiplicities"),
-    "what is not kept counts": ((("dict.fromkeys(size, 0.0)", "dict.fromkeys(size, 1.0)"),), "counted_rows"),
-    "what is not kept is gone": ((
-        (" for i, row in enumerate(rows)]", " for i, row in enumerate(rows) if count.get(i, 1)]"),), "counted_rows"),
-    "one draw too few": ((("weights, self.options.draws,", "weights, self.options.draws - 1,"),), "counted_rows"),
-    "pairs of the whole batch": ((("setdefault(rows[i].group, [])", "setdefault(0, [])"),), "counted_rows"),
-    "by the signed sum": ((("sum(map(abs, advantages))", "abs(sum(advantages))"),), "pair_weights"),
-    "by the smaller": ((("max(map(abs, advantages))", "min(map(abs, advantages))"),), "pair_weights"),
-    "the power is forgotten": (((" ** self.options.power", ""),), "pair_weights"),
-    "keeps half": ((("self.options.keep)]", "0.5)]"),), "alone"),
-    "not by the step": ((("(self.run.seed, step, 3)", "(self.run.seed, 0, 3)"),), "seeded"),
-    "not by the seed": ((("(self.run.seed, step, 3)", "(step, 3)"),), "seeded"),
-    "by chance": ((("default_rng((self.run.seed, step, 3))", "default_rng()"),), "seeded"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str, tmp_path: Path) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](mutate(shuffle_module, swaps), tmp_path)
-
-
-CORE = {"counted once in the denominator": ("0.0) + row.times * share", "0.0) + share"),
-        "counted once in the loss": ("else row.times * s.mask", "else s.mask")}
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_rows_that_count_several_times_are_seen_to_be_counted(name: str, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = mutate(batching, (CORE[name],))
-    monkeypatch.setattr(batching, "collate", wrong.collate)
-    monkeypatch.setitem(globals(), "make_batch", wrong.make_batch)
-    with pytest.raises(AssertionError):
-        like_copies(shuffle_module, tmp_path)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 def test_rows_that_do_not_count_are_not_passed() -> None:

@@ -7,22 +7,20 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checks import close
-from hand import advantages, gather, opened, same, sessions, slope, weights
-from mutants import Swaps, mutate
+from hand import advantages, gather, in_folder, opened, same, sessions, slope, weights
+from mutation import Mutant, mutants
 
 from bridgelm.config.run_config import load_config
-from bridgelm.methods import staged as staged_module
+from bridgelm.methods import staged
 from bridgelm.model.batching import make_batch
 
 ROOT = Path(__file__).parents[2]
-Check = Callable[[ModuleType, Path], None]
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +40,18 @@ def two_levels(gap: float, others: int) -> Callable[[float], float]:
     return entropy
 
 
-def bisection(module: ModuleType, folder: Path) -> None:
+def test_bisection(tmp_path: Path) -> None:
     """The temperature at which the top token has a chosen probability p is gap / log(p others / (1 - p))."""
     for others in (1, 9):
         for p in (0.6, 0.9, 0.97):
             entropy = two_levels(1.3, others)
             wanted = 1.3 / math.log(p * others / (1 - p))
             if 0.1 < wanted < 4:
-                found = module.temperature_for_entropy(entropy, entropy(wanted))
+                found = staged.temperature_for_entropy(entropy, entropy(wanted))
                 assert found == pytest.approx(wanted, rel=1e-4), (others, p)
     # Out of reach: the nearer bound.
-    assert module.temperature_for_entropy(two_levels(1.0, 1), 2.0) == pytest.approx(4.0, rel=1e-3)
-    assert module.temperature_for_entropy(lambda t: 5.0, 0.3) == pytest.approx(0.1, rel=1e-3)
+    assert staged.temperature_for_entropy(two_levels(1.0, 1), 2.0) == pytest.approx(4.0, rel=1e-3)
+    assert staged.temperature_for_entropy(lambda t: 5.0, 0.3) == pytest.approx(0.1, rel=1e-3)
 
 
 def entropy_by_hand(session: Any, rows: Any, t: float) -> float:
@@ -71,10 +69,10 @@ def entropy_by_hand(session: Any, rows: Any, t: float) -> float:
 STAGES = [{"length": 0.5, "mask_overlong": True, "part": 2.0}, {"length": 1.0}]
 
 
-def measured_on_its_own_answers(module: ModuleType, folder: Path) -> None:
+def test_measured_on_its_own_answers(tmp_path: Path) -> None:
     """Round by round: T has the target's entropy on the answers of the round, which were drawn at the T before."""
     method = {"name": "staged", "target_entropy": 1.5, "probe": 5, "rounds": 2, "lengths": STAGES}
-    session = opened(folder, method, "+-", module.Staged)
+    session = opened(tmp_path, method, "+-")
     seen: list[Any] = []
     call = type(session.roll).__call__
 
@@ -98,22 +96,22 @@ def measured_on_its_own_answers(module: ModuleType, folder: Path) -> None:
     assert {r.temperature for r in rollouts} == {r.temperature for r in rows} == {end} and end != between
     assert all(len(r.ids) - int((~r.own).sum()) <= 3 for s in seen for r in s), "of the first stage's length"
     # Measured once, and kept over a resume.
-    again = opened(folder / "again", method, "+-", module.Staged)
+    again = opened(tmp_path / "again", method, "+-")
     again.method.load(json.loads(json.dumps(session.method.state())))
     gather(again, 1)
     assert again.method.temperature == end and again.policy.ledger.rollouts == 16
 
 
-def like_grpo(module: ModuleType, folder: Path) -> None:
+def test_like_grpo(tmp_path: Path) -> None:
     """Each stage samples and steps as grpo with its length, its mask and its temperature; also with constant length."""
     for aggregate in ("token", "constant"):
         rl = {"aggregate": aggregate}
         method = {"name": "staged", "target_entropy": 0.0, "lengths": STAGES, "rl": rl}
         rollout = {"prompts": 6, "group": 6, "temperature": 0.8}
-        made = opened(folder / aggregate, method, "+--+-", module.Staged, steps=6,
+        made = opened(tmp_path / aggregate, method, "+--+-", steps=6,
                       rollout={**rollout, "max_new_tokens": 8})
         for step, limit, masked in ((0, 4, True), (3, 4, True), (4, 8, False), (5, 8, False)):
-            plain = opened(folder / f"{aggregate}{step}", {"name": "grpo", "rl": rl}, "+--+-",
+            plain = opened(tmp_path / f"{aggregate}{step}", {"name": "grpo", "rl": rl}, "+--+-",
                            rollout={**rollout, "max_new_tokens": limit, "mask_overlong": masked})
             made.roll.grader.given = list(plain.roll.grader.given)
             plain.data.load(made.data.state())
@@ -135,50 +133,28 @@ def like_grpo(module: ModuleType, folder: Path) -> None:
             made.policy.live.stale = True
 
 
-CHECKS: dict[str, Check] = {c.__name__: c for c in (bisection, measured_on_its_own_answers, like_grpo)}
+MUTANTS = mutants(
+    staged,
+    Mutant("compare", "temperature_for_entropy", "entropy 1", by=in_folder(test_bisection)),
+    Mutant("constant", "Staged.found", "rounds", to=1, by=in_folder(test_measured_on_its_own_answers)),
+    Mutant("drop", "mean_entropy", "temperature 1", by=in_folder(test_measured_on_its_own_answers)),
+    Mutant("drop", "Staged.load", by=in_folder(test_measured_on_its_own_answers)),
+    Mutant("term", "Staged.gather", "length 1", by=in_folder(test_like_grpo)),
+    Mutant("constant", "Staged.gather", "mask_overlong 1", to=False, by=in_folder(test_like_grpo)),
+    Mutant("constant", "Staged.length_at", "part", to=1.0, by=in_folder(test_like_grpo)),
+)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_check(name: str, tmp_path: Path) -> None:
-    CHECKS[name](staged_module, tmp_path)
-
-
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "the wrong way": ((("entropy(middle) < target", "entropy(middle) > target"),), "bisection"),
-    "stops early": ((("hot / cold > 1 + close", "hot / cold > 2"),), "bisection"),
-    "one round": ((("range(self.options.rounds)", "range(1)"),), "measured_on_its_own_answers"),
-    "always at the run's temperature": ((("max_new_tokens=limit, temperature=temperature)",
-                                          "max_new_tokens=limit, temperature=self.run.rollout.temperature)"),),
-                                        "measured_on_its_own_answers"),
-    "at the rows' own temperature": ((("warm = [replace(row, temperature=temperature) for row in rows]",
-                                       "warm = list(rows)"),), "measured_on_its_own_answers"),
-    "prompts count": ((("entropy[row.drawn] for", "entropy for"),), "measured_on_its_own_answers"),
-    "takes the run's problems": ((("data.splits.train[:self.options.probe]", "data.problems(self.options.probe)"),),
-                                 "measured_on_its_own_answers"),
-    "forgets": ((('self.temperature = state["temperature"]', "pass"),), "measured_on_its_own_answers"),
-    "not used": ((('"temperature": self.temperature}\n        roll',
-                   '"temperature": self.run.rollout.temperature}\n        roll'),), "measured_on_its_own_answers"),
-    "one length": ((("round(stage.length * self", "round(1.0 * self"),), "like_grpo"),
-    "never masked": ((('"mask_overlong": stage.mask_overlong', '"mask_overlong": False'),), "like_grpo"),
-    "always masked": ((('"mask_overlong": stage.mask_overlong', '"mask_overlong": True'),), "like_grpo"),
-    "equal parts": ((("accumulate(length.part for", "accumulate(1.0 for"),), "like_grpo"),
-    "the run's constant": ((('"rollout": rollout}', '"rollout": rollout.model_copy(update={"max_new_tokens": 8})}'),),
-                           "like_grpo"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str, tmp_path: Path) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](mutate(staged_module, swaps), tmp_path)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 def test_a_target_out_of_reach_is_said() -> None:
     config = load_config(ROOT / "recipes" / "toy" / "staged.toml", ["method.target_entropy=9.0"])
-    method = staged_module.Staged(config.method, config)
-    for temperature, said in ((0.8, 0), (staged_module.temperature_for_entropy(lambda t: 0.0, 9.0), 1),
-                              (staged_module.temperature_for_entropy(lambda t: 99.0, 9.0), 1)):
+    method = staged.Staged(config.method, config)
+    for temperature, said in ((0.8, 0), (staged.temperature_for_entropy(lambda t: 0.0, 9.0), 1),
+                              (staged.temperature_for_entropy(lambda t: 99.0, 9.0), 1)):
         method.temperature = temperature
         assert len(method.warnings({})) == said, temperature
 

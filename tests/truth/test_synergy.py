@@ -1,29 +1,27 @@
 """The arms of the synergy study: `interleaved` and `data_mixing` through their files, against steps written out by hand
-on a tiny real model, and the recipe `progressive`. A check is a function of the method's class; mutants fail theirs."""
+on a tiny real model, and the recipe `progressive`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hand import Script, advantages, gather, moved, opened, put, same, sessions, slope, weights
-from mutants import Swaps, mutate
+from hand import Script, advantages, gather, in_folder, moved, opened, put, same, sessions, slope, weights
+from mutation import Mutant, mutants
 
 from bridgelm.config.run_config import load_config
 from bridgelm.errors import UserError
-from bridgelm.methods import data_mixing as mixing_module
-from bridgelm.methods import interleaved as interleaved_module
+from bridgelm.methods import data_mixing, interleaved
 from bridgelm.methods.joint import Joint
 from bridgelm.model.batching import make_batch
 from bridgelm.types import Verdict
 
 ROOT = Path(__file__).parents[2]
-Check = Callable[[Any, Path], None]
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +39,12 @@ def demos_of(rows: Any) -> list[Any]:
     return [row for row in rows if row.kind == "demo"]
 
 
-def imitates_what_failed(cls: Any, folder: Path) -> None:
-    session = opened(folder, {"name": "interleaved", "every": 2}, MIXED, cls)
+def test_imitates_what_failed(tmp_path: Path) -> None:
+    session = opened(tmp_path, {"name": "interleaved", "every": 2}, MIXED)
     first = gather(session, 0)
     assert not demos_of(first), "an SFT step after every second RL step"
     again = json.loads(json.dumps(session.method.state()))
+    session.method.failed = []
     session.method.load(again)
     second = gather(session, 1)
     wanted = [rows[4 * g].problem.id for rows in (first, second) for g in (0, 2)]
@@ -60,7 +59,7 @@ def imitates_what_failed(cls: Any, folder: Path) -> None:
     again = [row.problem.id for row in demos_of(gather(session, 3))]
     assert again == [coming[1], coming[3], coming[0], coming[2]], "once each, those that failed again last"
     # The newest, at most as many as an SFT step has.
-    few = opened(folder / "few", {"name": "interleaved", "every": 2}, "-", cls, batch={"demos": 3, "micro_tokens": 64})
+    few = opened(tmp_path / "few", {"name": "interleaved", "every": 2}, "-", batch={"demos": 3, "micro_tokens": 64})
     problems = [row.problem.id for step in (0, 1) for row in gather(few, step) if row.kind == "rollout"]
     few.method.failed = problems[:1]
     rows = gather(few, 3)
@@ -68,9 +67,9 @@ def imitates_what_failed(cls: Any, folder: Path) -> None:
     assert [row.problem.id for row in demos_of(rows)] == failed[-3:]
 
 
-def two_steps_in_turn(cls: Any, folder: Path) -> None:
+def test_two_steps_in_turn(tmp_path: Path) -> None:
     """RL at theta, then SFT at the theta that it left, each divided by its own tokens."""
-    session = opened(folder, {"name": "interleaved", "sft_lr": 0.3}, MIXED, cls)
+    session = opened(tmp_path, {"name": "interleaved", "sft_lr": 0.3}, MIXED)
     rows, start = gather(session), weights(session)
     rollouts, demos = [r for r in rows if r.kind == "rollout"], demos_of(rows)
     counted = [r for r in rollouts if r.verdict is not Verdict.ERROR]
@@ -87,9 +86,9 @@ def two_steps_in_turn(cls: Any, folder: Path) -> None:
     assert metrics["interleaved/demos"] == len(demos) == 2
 
 
-def nothing_failed(cls: Any, folder: Path) -> None:
+def test_nothing_failed(tmp_path: Path) -> None:
     """All pass: no demonstrations, and not even the momentum of the SFT optimiser moves. All fail: SFT alone."""
-    session = opened(folder, {"name": "interleaved"}, "-", cls, optim={"lr": 1e-2})
+    session = opened(tmp_path, {"name": "interleaved"}, "-", optim={"lr": 1e-2})
     session.method.update(session.policy, make_batch(gather(session, 0)), 0)
     session.roll.grader = Script("+")
     rows, start = gather(session, 1), weights(session)
@@ -99,7 +98,7 @@ def nothing_failed(cls: Any, folder: Path) -> None:
     assert all(float(state["step"]) == 1 for state in second.state.values())
     same_up_to_adam = {n: (weights(session)[n] - start[n]).abs().max() for n in start}
     assert max(same_up_to_adam.values()) == 0, "flat groups, and no SFT step"
-    alone = opened(folder / "fail", {"name": "interleaved"}, "-", cls)
+    alone = opened(tmp_path / "fail", {"name": "interleaved"}, "-")
     rows, start = gather(alone), weights(alone)
     demos = demos_of(rows)
     size = sum(int(r.own.sum()) for r in demos)
@@ -111,9 +110,9 @@ def nothing_failed(cls: Any, folder: Path) -> None:
 # -- data_mixing -------------------------------------------------------------------------------------------------------
 
 
-def mixture(cls: Any, folder: Path) -> None:
+def test_mixture(tmp_path: Path) -> None:
     """Own answers are right, whole, the newest, and drawn without replacement; demonstrations stand in for them."""
-    session = opened(folder, {"name": "data_mixing", "own": 0.5, "buffer": 2}, "-", cls)
+    session = opened(tmp_path, {"name": "data_mixing", "own": 0.5, "buffer": 2}, "-")
     rows = gather(session, 0)
     assert len(demos_of(rows)) == 6 and not session.method.buffer
     assert all(row.text for row in demos_of(rows)), "demonstrations"
@@ -149,8 +148,8 @@ def mixture(cls: Any, folder: Path) -> None:
     assert first != [r.ids.tolist() for r in found]
 
 
-def without_replacement(cls: Any, folder: Path) -> None:
-    session = opened(folder, {"name": "data_mixing", "own": 1.0, "buffer": 6}, "-", cls)
+def test_without_replacement(tmp_path: Path) -> None:
+    session = opened(tmp_path, {"name": "data_mixing", "own": 1.0, "buffer": 6}, "-")
     ids = [np.array([3, 5, 6 + i, 7, 1]) for i in range(6)]
     name = session.data.splits.train[0].id
     session.method.buffer = [(name, one.tolist(), 2) for one in ids]
@@ -160,10 +159,10 @@ def without_replacement(cls: Any, folder: Path) -> None:
         assert all(r.own.tolist() == [False, False, True, True, True] for r in found)
 
 
-def one_mean_over_the_mixture(cls: Any, folder: Path) -> None:
+def test_one_mean_over_the_mixture(tmp_path: Path) -> None:
     for weight in (0.0, 0.7):
         method = {"name": "data_mixing", "own": 0.5, "rl_weight": weight}
-        session = opened(folder / str(weight), method, "+--", cls)
+        session = opened(tmp_path / str(weight), method, "+--")
         rows, start = gather(session), weights(session)
         found, rollouts = demos_of(rows), [r for r in rows if r.kind == "rollout"]
         assert any(not r.text for r in found) and any(r.text for r in found)
@@ -177,63 +176,32 @@ def one_mean_over_the_mixture(cls: Any, folder: Path) -> None:
         assert all(np.isfinite(value) for value in metrics.values())
 
 
-CHECKS: dict[str, Check] = {check.__name__: check for check in (
-    imitates_what_failed, two_steps_in_turn, nothing_failed, mixture, without_replacement, one_mean_over_the_mixture)}
-OF_MIXING = {"mixture", "without_replacement", "one_mean_over_the_mixture"}
+OF_INTERLEAVED = mutants(
+    interleaved,
+    Mutant("mask", "unsolved", "WRONG 2", by=in_folder(test_imitates_what_failed)),
+    Mutant("drop", "Interleaved.gather", 7, by=in_folder(test_imitates_what_failed)),  # never forgets
+    Mutant("mask", "Interleaved.gather", "failed", by=in_folder(test_imitates_what_failed)),  # a problem comes twice
+    Mutant("sign", "Interleaved.gather", "demos 0", by=in_folder(test_imitates_what_failed)),  # the oldest
+    Mutant("drop", "Interleaved.load", by=in_folder(test_imitates_what_failed)),
+    Mutant("drop", "Interleaved.setup", "sft_lr 2", by=in_folder(test_two_steps_in_turn)),
+    Mutant("denominator", "Interleaved.gather", "with_stream", to="row", by=in_folder(test_two_steps_in_turn)),
+)
+OF_MIXING = mutants(
+    data_mixing,
+    Mutant("mask", "DataMixing.gather", "CORRECT 1", by=in_folder(test_mixture)),
+    Mutant("mask", "DataMixing.gather", "CORRECT 2", by=in_folder(test_mixture)),
+    Mutant("sign", "DataMixing.gather", "buffer 1", by=in_folder(test_mixture)),
+    Mutant("drop", "DataMixing.load", by=in_folder(test_mixture)),
+    Mutant("term", "DataMixing.gather", 4, by=in_folder(test_mixture)),  # more rows than asked for
+    Mutant("compare", "DataMixing.gather", "arange 1", by=in_folder(test_without_replacement)),
+    Mutant("denominator", "DataMixing.gather", "with_stream", to="row", by=in_folder(test_one_mean_over_the_mixture)),
+    Mutant("branch", "DataMixing.update", 0, by=in_folder(test_one_mean_over_the_mixture)),
+)
 
 
-def class_of(name: str, swaps: Swaps = ()) -> Any:
-    module = mixing_module if name in OF_MIXING else interleaved_module
-    found = mutate(module, swaps) if swaps else module
-    return found.DataMixing if name in OF_MIXING else found.Interleaved
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_check(name: str, tmp_path: Path) -> None:
-    CHECKS[name](class_of(name), tmp_path)
-
-
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "any wrong rollout is enough": ((("and all(row.verdict is Verdict.WRONG", "and any(row.verdict is Verdict.WRONG"),),
-                                    "imitates_what_failed"),
-    "never forgets": ((("        self.failed = []\n", ""),), "imitates_what_failed"),
-    "forgets at once": ((("[name for name in self.failed if name not in new] + new", "new"),), "imitates_what_failed"),
-    "a problem comes twice": ((("[name for name in self.failed if name not in new] + new", "self.failed + new"),),
-                              "imitates_what_failed"),
-    "the oldest": ((("[-self.run.batch.demos * self.run.rollout.updates:]",
-                     "[:self.run.batch.demos * self.run.rollout.updates]"),), "imitates_what_failed"),
-    "not kept over a resume": ((('self.failed = list(state["failed"])', "self.failed = []"),), "imitates_what_failed"),
-    "turns a step early": ((("if (step + 1) % self", "if step % self"),), "imitates_what_failed"),
-    "both at one theta": ((('        metrics = {"grad_norm/theta"',
-                            '        sft = policy.grad(self.terms, batch, {"nll": 1.0})\n'
-                            '        metrics = {"grad_norm/theta"'),
-                           ('            sft = policy.grad(self.terms, batch, {"nll": 1.0})\n', "")),
-                          "two_steps_in_turn"),
-    "one rate": (((", lr=self.options.sft_lr", ""),), "two_steps_in_turn"),
-    "momentum goes on": ((('if "nll" in batch.counts:', "if True:"),), "nothing_failed"),
-    "wrong answers are imitated": ((("if row.verdict is Verdict.CORRECT and row.finished]", "if row.finished]"),),
-                                   "mixture"),
-    "cut answers are imitated": (((" and row.finished]", "]"),), "mixture"),
-    "the oldest answers": ((("self.buffer[-self.options.buffer:]", "self.buffer[:self.options.buffer]"),), "mixture"),
-    "no buffer over a resume": ((('for name, ids, prompt in state["buffer"]', 'for name, ids, prompt in []'),),
-                                "mixture"),
-    "short of rows": ((("data.demos(size - wanted)", "data.demos(size - round(self.options.own * size))"),), "mixture"),
-    "drawn with replacement": ((("draws.permutation(len(self.buffer))[:wanted]",
-                                 "draws.integers(len(self.buffer), size=wanted) if wanted else []"),),
-                               "without_replacement"),
-    "the prompt is imitated": ((("np.arange(len(ids)) >= prompt", "np.arange(len(ids)) >= 0"),), "without_replacement"),
-    "row means": ((('.with_stream("nll", 1.0)', '.with_stream("nll", 1.0, "row")'),), "one_mean_over_the_mixture"),
-    "always RL": ((("if weight > 0 else {}", "if True else {}"), ("rl_coef(self.options.rl, weight)",
-                                                                   "rl_coef(self.options.rl, 1.0)")),
-                  "one_mean_over_the_mixture"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str, tmp_path: Path) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](class_of(check, swaps), tmp_path)
+@pytest.mark.parametrize("mutant", [*OF_INTERLEAVED, *OF_MIXING], ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 # -- progressive, and what is refused ----------------------------------------------------------------------------------

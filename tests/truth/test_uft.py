@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from bigram import END, Answer, V, World, ids_of, method_of, problem, slope
-from mutants import Swaps, mutate
+from mutation import Mutant, mutants
 
 from bridgelm.errors import UserError
-from bridgelm.methods import uft as uft_module
+from bridgelm.methods import uft
 from bridgelm.methods.grpo import Grpo
 
 PROBLEMS = [problem("five", "1 1", "1 2 3 4 5"), problem("ten", "1 2", "1 2 3 4 5 5 4 3 2 1"),
@@ -32,27 +30,27 @@ def reward(_: str, answer: Answer) -> float:
     return float([5, *(t for t in answer if t != END)][-1] == 5)
 
 
-def world(module: Any = uft_module, problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),
+def world(problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),
           judge: Any = reward, **options: Any) -> World:
-    method = method_of(module.Uft, {"name": "uft", **options}, prompts=len(problems), steps=steps,
+    method = method_of(uft.Uft, {"name": "uft", **options}, prompts=len(problems), steps=steps,
                        **{"max_new_tokens": 16, **dict(rollout)})
     return World(method, problems, reply, judge)
 
 
-def schedule(module: ModuleType) -> None:
-    uft = world(module, steps=500).method
+def test_schedule() -> None:
+    uft = world(steps=500).method
     wanted = {0: 0.95, 75: 0.05 + 0.45 * (1 + math.sqrt(0.5)), 100: 0.725, 150: 0.5, 200: 0.275,
               299: 0.05 + 0.45 * (1 + math.cos(math.pi * 299 / 300)), 300: 0.0, 499: 0.0}
     for step, p in wanted.items():
         assert uft.chance(step) == pytest.approx(p, abs=1e-12), step
-    short = world(module, steps=10, until=0.4, high=0.8, low=0.2).method  # scaled to the run
+    short = world(steps=10, until=0.4, high=0.8, low=0.2).method  # scaled to the run
     assert [short.chance(step) for step in range(10)] == pytest.approx(
         [0.8, 0.5 + 0.3 * math.sqrt(0.5), 0.5, 0.5 - 0.3 * math.sqrt(0.5), *[0.0] * 6])
 
 
-def distribution(module: ModuleType) -> None:
+def test_distribution() -> None:
     """Each of the 2^5 ways to show pieces has its probability; Pearson's statistic at 1 in 10,000."""
-    made, n = world(module), 2000
+    made, n = world(), 2000
     for p in (0.95, 0.5, 0.2):
         exact = Counter[int]()
         for shown in itertools.product((0, 1), repeat=5):
@@ -73,10 +71,10 @@ def distribution(module: ModuleType) -> None:
         assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.15
 
 
-def loss(module: ModuleType) -> None:
+def test_loss() -> None:
     """Advantages on what was drawn, .001 of the mean log-likelihood on hints, one hint a problem."""
     for weight, std in ((0.001, False), (0.7, True)):
-        made = world(module, hint=weight, rl={"std": std}, rollout={"temperature": 0.8})
+        made = world(hint=weight, rl={"std": std}, rollout={"temperature": 0.8})
         found = made.step(2)
         (asked,) = made.calls
         shown = {name: {prefix for who, prefix in asked if who == name} for name, _ in asked}
@@ -108,13 +106,13 @@ def loss(module: ModuleType) -> None:
     assert made.policy.ledger.rollouts == 16
 
 
-def hints_end(module: ModuleType) -> None:
+def test_hints_end() -> None:
     """After the schedule, and at no chance at all, it is grpo."""
     for step, options in ((6, {}), (9, {}), (0, {"high": 0.0, "low": 0.0})):
-        one, two = world(module, **options).step(step), plain(step)
+        one, two = world(**options).step(step), plain(step)
         assert (one.applied[0][1] == two.applied[0][1]).all() and np.abs(two.applied[0][1]).max() > 1e-3
         assert not any(row.given for row in one.rows) and one.metrics["uft/hint"] == 0
-    assert any(row.given for row in world(module).step(5).rows)
+    assert any(row.given for row in world().step(5).rows)
 
 
 def plain(step: int) -> Any:
@@ -122,10 +120,10 @@ def plain(step: int) -> Any:
     return made.step(step)
 
 
-def flat(module: ModuleType) -> None:
+def test_flat() -> None:
     """All pass or all fail: the hints' likelihood alone."""
     for constant in (0.0, 1.0):
-        made = world(module, judge=lambda *_, c=constant: c)
+        made = world(judge=lambda *_, c=constant: c)
         found = made.step(1)
         total, tokens = np.zeros((V, V)), 0
         for row in found.rows:
@@ -135,72 +133,39 @@ def flat(module: ModuleType) -> None:
         assert found.metrics["loss/pg"] == 0
 
 
-def room(module: ModuleType) -> None:
+def test_room() -> None:
     """A hint as long as an answer may be leaves room for one token; the end token is in none."""
-    made = world(module, PROBLEMS[1:2], high=1.0, rollout={"max_new_tokens": 6})
+    made = world(PROBLEMS[1:2], high=1.0, rollout={"max_new_tokens": 6})
     found = made.step(0)
     assert {row.given for row in found.rows} == {5} and {len(row.ids) for row in found.rows} == {2 + 6}
-    whole = world(module, PROBLEMS[1:2], high=1.0).step(0)
+    whole = world(PROBLEMS[1:2], high=1.0).step(0)
     assert {row.given for row in whole.rows} == {10}
 
 
-def reference(module: ModuleType) -> None:
-    made = world(module, rl={"kl_coef": 0.1})
+def test_reference() -> None:
+    made = world(rl={"kl_coef": 0.1})
     found = made.step(1)
     for row in found.rows:
         assert (row.streams["kl"].mask == row.drawn).all() and (row.streams["kl"].weight == 1).all()
     assert found.metrics["loss/kl"] == pytest.approx(0)
 
 
-CHECKS: dict[str, Callable[[ModuleType], None]] = {
-    "schedule": schedule, "distribution": distribution, "loss": loss, "hints_end": hints_end, "flat": flat,
-    "room": room, "reference": reference,
-}
+MUTANTS = mutants(
+    uft,
+    Mutant("sign", "Uft.chance", "cos 1", by=test_schedule),
+    Mutant("compare", "Uft.chance", 0, by=test_schedule),  # it ends a step late
+    Mutant("term", "Uft.chance", "until 1", by=test_schedule),
+    Mutant("compare", "Uft.hint", 3, by=test_distribution),
+    Mutant("term", "Uft.hint", "max_new_tokens 0", by=test_room),
+    Mutant("mask", "Uft.gather", "with_stream", by=test_loss),  # likelihood of all tokens
+    Mutant("compare", "Uft.gather", "given", by=test_loss),
+    Mutant("constant", "Uft.update", "hint 1", to=1.0, by=test_flat),
+)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_uft(name: str) -> None:
-    CHECKS[name](uft_module)
-
-
-MUTANTS: dict[str, tuple[Swaps, str]] = {
-    "linear": ((("0.5 * (1 + math.cos(math.pi * step / last))", "(1 - step / last)"),), "schedule"),
-    "never ends": (((" if step < last else 0.0", ""),), "schedule"),
-    "over the whole run": ((("self.options.until * self.run.steps", "self.run.steps"),), "schedule"),
-    "a step late": ((("if step < last else", "if step <= last else"),), "schedule"),
-    "not scaled to the run": ((("self.options.until * self.run.steps", "300"),), "schedule"),
-    "uniform length": ((("ends[int((draws < p).sum())]", "ends[int(draws[0] * len(ends))]"),), "distribution"),
-    "what is hidden": ((("draws < p", "draws >= p"),), "distribution"),
-    "pieces up to the first hidden one": (
-        (("int((draws < p).sum())", "int((draws < p).cumprod().sum())"),), "distribution"),
-    "always five draws": ((("random(len(ends) - 1)", "random(5)"), ("ends[int((draws < p).sum())]",
-                           "ends[min(len(ends) - 1, int((draws < p).sum()))]")), "distribution"),
-    "one draw for a step": ((("key = (self.run.seed, step, place)", "key = (self.run.seed, step, 0)"),),
-                            "distribution"),
-    "one draw for a place": ((("key = (self.run.seed, step, place)", "key = (self.run.seed, 0, place)"),),
-                             "distribution"),
-    "a hint for each rollout": (
-        (("prefixes=[hint for hint in shown for _ in range(rollout.group)]",
-          "prefixes=[self.hint(roll, problems[i], p, step, 10 * i + j)\n"
-          "                                        for i in range(len(problems)) for j in range(rollout.group)]"),),
-        "loss"),
-    "advantage on the hint": (
-        (("mask=row.own & ~row.drawn) if", "mask=row.own & ~row.drawn).with_stream(\n"
-          '            "pg", row.streams["pg"].weight, mask=row.own) if'),), "loss"),
-    "likelihood of all": ((("mask=row.own & ~row.drawn)", "mask=row.own)"),), "loss"),
-    "likelihood of the continuation": ((("mask=row.own & ~row.drawn)", "mask=row.drawn)"),), "loss"),
-    "hint at full weight": ((('{"nll": self.options.hint}', '{"nll": 1.0}'),), "flat"),
-    "no likelihood": (((' if self.options.hint else {}', " if False else {}"),), "flat"),
-    "no room": (((" - 1)]", ")]"),), "room"),
-    "reward of the hinted": ((("if not row.given and row", "if row.given and row"),), "loss"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str) -> None:
-    swaps, check = MUTANTS[name]
-    with pytest.raises(AssertionError):
-        CHECKS[check](mutate(uft_module, swaps, "mutant"))
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 def test_what_is_refused() -> None:
@@ -208,4 +173,4 @@ def test_what_is_refused() -> None:
         world(rollout={"refill": 1})
     with pytest.raises(UserError, match="swap"):
         world(low=0.9, high=0.1)
-    assert uft_module.Uft.needs == {"paired_demos"}
+    assert uft.Uft.needs == {"paired_demos"}
