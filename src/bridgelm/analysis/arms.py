@@ -1,4 +1,4 @@
-"""What the arms of a comparison are given: steps, learning rates by what they are for, rollouts, demonstrations, FLOPs.
+"""Decides and shows what each arm of a comparison gets: steps, learning rate, rollouts, demonstrations and FLOPs.
 
 A method that is named without a recipe takes over the file's rates by purpose: one that only imitates has the rate and
 the steps of the file's imitation, any other the rate of the file's exploration and as many rollouts. A method that

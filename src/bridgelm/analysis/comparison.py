@@ -1,4 +1,4 @@
-"""From finished runs to claims: runs grouped into methods, figures with intervals, paired differences, equal budgets.
+"""Compares finished runs: groups them by method, and computes figures with intervals and paired differences.
 
 Two figures are kept apart. *Test* accuracy is measured once, at the end, for the final weights and for those that were
 best on validation. *Equal budget* accuracy is read off the validation curve: the last look at or below the budget.

@@ -1,4 +1,5 @@
-"""Estimates, intervals and paired tests behind every number that is claimed. Only numpy and math; no scipy.
+"""Estimates, confidence intervals and paired tests, which are behind every number in a report. Only numpy and math; no
+scipy.
 
 Two kinds of spread occur and must not be mixed up: over seeds (the recipe trained again: Student's t over the seeds'
 means) and over test problems (the same model asked other questions: Wilson, McNemar, bootstrap). Comparisons of

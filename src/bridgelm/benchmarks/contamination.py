@@ -1,4 +1,4 @@
-"""Which benchmark items stand among the training problems: the same text, or long stretches of it. No torch."""
+"""Finds benchmark items among the training problems: the same text, or long stretches of it. No torch."""
 
 from __future__ import annotations
 

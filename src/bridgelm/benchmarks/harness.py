@@ -1,5 +1,7 @@
-"""EleutherAI's lm-evaluation-harness on a run of ours. `python -m bridgelm.benchmarks.harness` is its command line with
-one more model, `bridgelm`. Needs the extra `lm-eval`; see docs/harness.md."""
+"""Runs EleutherAI's lm-evaluation-harness on a run folder.
+
+`python -m bridgelm.benchmarks.harness` is its command line with one more model, `bridgelm`. It needs the extra
+`lm-eval`; see docs/harness.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a benchmark's problem is put to a model: declarative records, ours (`prompts.toml`) or the user's. No torch."""
+"""Prompt formats, which decide how a benchmark's problem is put to a model: declarative records, ours (`prompts.toml`)
+or the user's. No torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Runs models on benchmark suites. Every answer is kept with its verdict, so that an interrupted evaluation goes on
-where it stopped, and every figure can be computed again."""
+"""Runs models on benchmark suites: draws, grades and keeps answers, and writes the results.
+
+Every answer is kept with its verdict, so that an interrupted evaluation continues where it stopped and every figure can
+be computed again."""
 
 from __future__ import annotations
 
@@ -32,15 +34,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """None: as the suite's record says."""
+    """The options of `bridgelm eval --suite`. None means the value in the record of the suite."""
 
     prompt: str | None = None
     samples: int | None = None
     temperature: float | None = None
     max_new_tokens: int | None = None
     seed: int = 0
-    limit: int | None = None  # only the first so many items; said in the result
-    rows: int = 128  # decoded at once
+    limit: int | None = None  # use only so many items, the first; the result says so
+    rows: int = 128  # answers decoded at once
     dtype: str | None = None  # default: the run's; else bfloat16 on a GPU and float32 without
     which: str = "final"
 

@@ -1,4 +1,5 @@
-"""From kept answers to figures: pass@1, avg@k and pass@k with intervals, breakdowns, and paired comparisons of models.
+"""Computes figures from kept answers: pass@1, avg@k and pass@k with intervals, breakdowns, and paired comparisons of
+models.
 
 An item's score is its greedy verdict (1 or 0) or the share of right ones among its samples. Answers that the grader
 failed on are left out and their share is told. Intervals are over items: they say what other items of the same kind

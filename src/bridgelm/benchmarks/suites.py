@@ -1,4 +1,5 @@
-"""Benchmarks: declarative records (`suites.toml`, or the user's own) and their items, counted on load. No torch."""
+"""Loads benchmarks: declarative records (`suites.toml`, or the user's own) and their items, which are counted. No
+torch."""
 
 from __future__ import annotations
 

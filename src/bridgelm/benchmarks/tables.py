@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown: models beside each other, paired comparisons, breakdowns, published numbers."""
+"""Writes benchmark results as Markdown: models beside each other, paired comparisons, breakdowns, published numbers."""
 
 from __future__ import annotations
 

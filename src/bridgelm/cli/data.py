@@ -1,4 +1,4 @@
-"""`bridgelm check --data`: the data and the tokenizer are read as a run would read them, and no model is."""
+"""`bridgelm check --data`: reads the data and the tokenizer as a run would, without loading a model."""
 
 from __future__ import annotations
 

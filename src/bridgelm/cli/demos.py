@@ -1,4 +1,4 @@
-"""`bridgelm demos`: its options, and what runs them."""
+"""`bridgelm demos`: the options of the command and the call that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bridgelm eval`: a run or a model on its own held-out problems, or on benchmarks."""
+"""`bridgelm eval`: evaluates a run or a model on its own held-out problems, or on benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bridgelm grade`: verdicts on answers outside a run, a JSON object a line."""
+"""`bridgelm grade`: grades answers outside a run and prints one JSON object per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line. Each command imports what it needs when it runs, so that `check` and `show` are instant."""
+"""The parser of all commands and the entry point `main`. Each command imports what it needs when it runs, so that
+`check` and `show` are instant."""
 
 from __future__ import annotations
 

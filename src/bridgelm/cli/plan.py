@@ -1,4 +1,4 @@
-"""`bridgelm plan`: the memory and the time of a run on a card, before there is one."""
+"""`bridgelm plan`: estimates the memory and time that a run needs on a card, without having the card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compare --methods all`: every registered method, on data that all of them can use; who is left out, and why.
+"""`compare --methods all`: configures every registered method on the same data, and says which are left out and why.
 
 Fair means equal data: the embedded task is taken in the paired layout, since some methods need demonstrations of the
 training problems themselves and none needs that they are of others.

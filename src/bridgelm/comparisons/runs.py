@@ -1,4 +1,4 @@
-"""Training several runs side by side as processes of their own, with one live table, and a clean stop."""
+"""Trains several runs side by side, each in a process of its own, with one live table and a clean stop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tail:
 
 
 class RunProcess:
-    """One run: what it is, and its process while it has one."""
+    """One run of the comparison, and its process while it trains."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.path = absolute(config), Path(config.out) / config.name
@@ -97,7 +97,7 @@ class RunProcess:
         return True
 
     def said(self, lines: int = 12) -> str:
-        """The end of its output."""
+        """The last lines of its log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 

@@ -1,4 +1,4 @@
-"""What a run draws from: checkpointed, seeded cursors over the splits. `data_splits` reads and checks them."""
+"""Decides which problems and demonstrations each step gets: seeded, checkpointed cursors over shuffled splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ById", "Data", "Problems", "Splits", "check_lengths", "load_splits",
 
 
 def with_teacher(facts: frozenset[str], config: RunConfig) -> frozenset[str]:
-    """Of the data and of the run's [teacher], which can stand in for an author whose log-probs are not known."""
+    """The facts of the data plus those of a [teacher], which can stand in for an author with unknown log-probs."""
     if config.teacher is None:
         return facts
     return facts | {"teacher"} | ({"behaviour"} if "demos" in facts else set())

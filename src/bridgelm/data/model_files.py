@@ -1,4 +1,4 @@
-"""Whether the weights of a model are those of its files: one that is part random, or not finite, must not be used."""
+"""Checks that a model's weights all come from its files and are finite; missing ones would be random."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridgelm.data.model_shapes import read_object
 from bridgelm.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-NAMED = 3  # of the tensors that a message is about
+NAMED = 3  # the most tensors that a message names
 
 
 def check_index(folder: Path, section: str = "model") -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a model without its weights: a folder's, a table's of common models, or the hub's."""
+"""Finds the config.json of a model without its weights: in a folder, a table of common models, or on the hub."""
 
 from __future__ import annotations
 

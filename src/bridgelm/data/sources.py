@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, JSON, Parquet, a folder saved by `datasets`, or the hub. Each row knows its place."""
+"""Reads rows from JSONL, JSON, Parquet, a folder saved by `datasets`, or the hub; each row knows its file and line."""
 
 from __future__ import annotations
 

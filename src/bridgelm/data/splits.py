@@ -1,4 +1,4 @@
-"""Sources to splits: train, demonstrations, validation and test, kept apart and within the token limits."""
+"""Makes the splits: train, demonstrations, validation and test, without overlap and within the token limits."""
 
 from __future__ import annotations
 

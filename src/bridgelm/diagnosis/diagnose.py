@@ -20,7 +20,7 @@ from bridgelm.reports.text import harmless, markdown_table
 from bridgelm.runs.folder import write_json
 from bridgelm.runs.reader import Run
 
-# Of a probe: key -> (title, whether it is measured from the stage's own start, and so begins anew with each).
+# The measurements: key -> (title, whether it is measured from the stage's own start, and so begins anew with each).
 LINES = {"demo_ce": ("Cross-entropy of the demonstrations", False), "reward": ("Reward of the probes' answers", False),
          "cosine": ("Cosine of SFT's and RL's gradient", False), "kl_start": ("KL from the stage's start", True),
          "distance_share": ("Distance from the stage's start", True)}

@@ -1,5 +1,6 @@
-"""What SFT and RL did to each other, from run folders alone: stages, switches between them, and what was measured along
-the way. No torch: figures come from the probes of `diagnose.every`, the looks at the validation set, and what
+"""Computes the figures of a diagnosis from run folders: what changed over each stage and at each switch of stages.
+
+No torch: figures come from the measurements of `diagnose.every`, from validation, and from what
 `bridgelm diagnose --measure` found on saved models afterwards."""
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class History:
 
 
 def clean_cosine(probes: Sequence[Event]) -> float | None:
-    """Of the gradients without their noise: noise shrinks the plain cosine towards 0. None if it drowns them."""
+    """The cosine of the gradients without their noise, which shrinks the plain cosine towards 0. None if noise is too
+    large to tell."""
     rows = [p for p in probes if all(isinstance(p.get(key), int | float) for key in ("dot", "square_sft", "square_rl"))]
     sft, rl = (sum(max(row[key], -math.inf) for row in rows) for key in ("square_sft", "square_rl"))
     return sum(row["dot"] for row in rows) / math.sqrt(sft * rl) if sft > 0 and rl > 0 else None

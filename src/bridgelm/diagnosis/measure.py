@@ -1,4 +1,4 @@
-"""`bridgelm diagnose --measure`: a probe of every model that a run has kept, after training."""
+"""`bridgelm diagnose --measure`: measures every saved model of a run, after training."""
 
 from __future__ import annotations
 

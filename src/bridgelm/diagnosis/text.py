@@ -1,4 +1,4 @@
-"""What a diagnosis says in words and tables."""
+"""The text and tables of a diagnosis: definitions, findings, and what is missing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Bytes that are alive: every storage that an operation makes is followed until it is freed, on the CPU or on torch's
-meta device, where a pass costs no memory and next to no time."""
+"""Counts live bytes: follows every storage that an operation makes until it is freed, and keeps the peak.
+
+It works on the CPU and on torch's meta device, where a pass costs no memory and next to no time."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ FUSED = torch.nn.functional.scaled_dot_product_attention
 
 
 class Alive(TorchDispatchMode):
-    """Their sum now, and the highest so far; what lies in host memory apart. What a kernel uses within itself is not
-    seen."""
+    """The live bytes now and their peak; bytes in host memory are counted apart. Memory that a kernel uses internally
+    is not seen."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How long a step takes, from the figures of a card: an estimate by two limits, arithmetic and memory bandwidth."""
+"""Estimates how long a step takes on a card, from its arithmetic speed and its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Card:
     bandwidth: float  # bytes a second
 
 
-# Of the makers' data sheets.
+# From the data sheets of the makers.
 CARDS = {
     "rtx4090": Card(24e9, 165e12, 1.008e12), "l40s": Card(48e9, 362e12, 0.864e12),
     "a100-40": Card(40e9, 312e12, 1.555e12), "a100-80": Card(80e9, 312e12, 2.039e12),

@@ -1,5 +1,6 @@
-"""What the passes of a run hold, found by running them: the micro-batch and the decoding that are largest, on a model
-without storage, with every tensor followed until it is freed."""
+"""Measures the peak memory of a run's largest training pass and decoding, on a model without storage.
+
+The passes are run on torch's meta device, and every tensor is followed until it is freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as files: panels drawn with matplotlib, as PNG and SVG."""
+"""Draws the figures with matplotlib and writes them as PNG and SVG files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Every method by difficulty of the problem and by length of the answer: a mean can hide that one gains where the other
-loses."""
+"""Accuracy of every method by difficulty of the problem and by length of the answer.
+
+A mean can hide that one method gains where another loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders to one report: an HTML page, Markdown, the figures as PNG and SVG, and the numbers as JSON."""
+"""Writes a report about run folders: an HTML page, Markdown, the figures as PNG and SVG, and the numbers as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which figures a report has: curves over compute, accuracy by difficulty, training, and BRIDGE's diagnostics."""
+"""Decides which figures a report has: curves over compute, accuracy by difficulty, training, and BRIDGE's
+diagnostics."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Figures. A `Panel` says what is drawn; `svg` draws it for the page (its colours are CSS variables, so that it follows
-light and dark mode); `report_files` draws the same with matplotlib as PNG and SVG files."""
+"""`Panel`, which describes one figure, and `svg`, which draws it for the HTML page.
+
+Colours are CSS variables, so that figures follow light and dark mode; `files.py` draws the same panels with matplotlib
+as PNG and SVG files."""
 
 from __future__ import annotations
 

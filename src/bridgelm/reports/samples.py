@@ -1,4 +1,4 @@
-"""Sample rollouts on the page: chosen, packed as JSON that cannot act, and shown by a small viewer."""
+"""Sample rollouts in the report: selects them, embeds them as inert JSON, and shows them with a small viewer."""
 
 from __future__ import annotations
 

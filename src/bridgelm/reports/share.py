@@ -1,5 +1,6 @@
-"""`bridgelm report --share`: what others need to compare a run with theirs, in one JSON without paths, user or host
-names; and several such files as one table. The form is in docs/sharing.md."""
+"""`bridgelm report --share`: writes a run's results as one JSON file to share, and shows several such files as a table.
+
+The file has what others need to compare, and no paths, user or host names. Its format is in docs/sharing.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demonstrations did for reward, where a method kept account of it: sources, and the two ends of the list."""
+"""Tables of what the demonstrations did for reward, for methods that record it: by source, and the best and worst."""
 
 from __future__ import annotations
 

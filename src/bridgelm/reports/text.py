@@ -1,4 +1,4 @@
-"""What a report says in words and tables, before it becomes Markdown or HTML."""
+"""The words and tables of a report, before they become Markdown or HTML."""
 
 from __future__ import annotations
 

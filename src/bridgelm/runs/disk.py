@@ -1,4 +1,4 @@
-"""Files that are on disk when they say so, and known again when they are read."""
+"""Syncs files to disk, and computes their checksums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xxhash
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names. Windows cannot open a folder, and keeps its names itself."""
+    """Flushes a file, or the names in a folder, to disk. Windows cannot open a folder, and flushes its names itself."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -21,14 +21,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Everything in a folder, before it is renamed to where it counts."""
+    """Flushes everything in a folder, before the folder is renamed into place."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def digest(path: Path) -> str:
-    """128 bits of xxHash: about 10 GB/s from memory, where blake2b has 0.9 and SHA-256 1.8. It finds accidental damage
-    and changes; against somebody who forges a file it is no guard."""
+    """128 bits of xxHash: about 10 GB/s from memory, where blake2b has 0.9 and SHA-256 1.8. It detects
+    accidental damage and changes, but not a forged file."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 

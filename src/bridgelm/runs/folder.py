@@ -1,7 +1,7 @@
-"""The run folder, the unit of truth: what training writes into it (`RunFolder`); `runs.Run` reads it.
+"""Writes the run folder (`RunFolder`): configuration, metrics, samples, status and results of a run; `Run` reads it.
 
     config.json    the resolved configuration            run.json      versions, machine, status, memory, CPU time
-    metrics.jsonl  one event a line: step, eval, warning samples.jsonl a few rollouts of some steps
+    metrics.jsonl  one event per line: step, eval, warning samples.jsonl a few rollouts of some steps
     inputs.json    what the run is made of (`inputs.py`)
     result.json    test accuracy of the final and of the best-on-validation checkpoint
 
@@ -38,11 +38,12 @@ except ImportError:  # Windows: no guard against a second writer, and no memory 
     fcntl = resource = None
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-DRAFTS = (".*.tmp", ".*-draft*", "starts/.*-draft*", "checkpoints/.draft-*", "teacher/.*")  # what a killed run leaves
+# Files that a killed run leaves behind.
+DRAFTS = (".*.tmp", ".*-draft*", "starts/.*-draft*", "checkpoints/.draft-*", "teacher/.*")
 
 
 def clean(value: Any) -> Any:
-    """Plain JSON data: numpy and torch scalars become Python's, NaN and infinity become None."""
+    """Converts to plain JSON data: numpy and torch scalars become Python's, NaN and infinity become None."""
     if isinstance(value, bool | str | int | None):
         return value
     if isinstance(value, float):
@@ -57,7 +58,7 @@ def clean(value: Any) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """All of it or nothing: a reader never sees half a file."""
+    """Writes a JSON file as a whole or not at all, so that a reader never sees half a file."""
     text = json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8", errors="replace") as file:
@@ -124,9 +125,9 @@ def peak_memory_mb() -> float:
 
 
 class RunFolder:
-    """The writing side. One process writes at a time; the lock goes with the process, however it dies."""
+    """The writing side of a run folder. Only one process writes at a time; its lock ends with it, however it dies."""
 
-    # Held by this process. POSIX drops a lock when any handle of its file is closed, so these are kept and asked.
+    # Locks of this process. POSIX drops a lock when any handle of its file is closed, so handles are kept open here.
     _locks: ClassVar[dict[Path, TextIO]] = {}
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
@@ -162,8 +163,8 @@ class RunFolder:
         return folder
 
     def discard(self) -> None:
-        """Takes back what `create` made, of a run that has trained nothing. A folder that was there before stays, empty
-        as it was found."""
+        """Removes what `create` made, if the run has trained nothing. A folder that existed before stays, empty as it
+        was."""
         self.close()
         if self._made:
             shutil.rmtree(self.path)
@@ -173,7 +174,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run folder, to go on with. Call `truncate_after` with the checkpoint's step before appending."""
+        """Opens an existing run folder to resume the run. Call `truncate_after` with the step of the checkpoint
+        first."""
         path = Path(path)
         config = read_json(path / "config.json")
         if config is None:
@@ -185,7 +187,8 @@ class RunFolder:
         return folder
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """One event to metrics.jsonl and the sinks. A warning that this run gave before at the same step is dropped."""
+        """Appends an event to metrics.jsonl and the sinks, unless it is a warning that was given at this step
+        before."""
         event = clean(event)
         if event.get("event") == "warning":
             if (event.get("step"), event.get("text")) in self._warned:
@@ -198,7 +201,8 @@ class RunFolder:
             sink.log(event)
 
     def sample(self, row: Mapping[str, Any]) -> None:
-        """One rollout to samples.jsonl: step, problem_id, prompt, completion, answer, reward, verdict, difficulty."""
+        """Appends a rollout to samples.jsonl: step, problem_id, prompt, completion, answer, reward, verdict,
+        difficulty."""
         self._write(SAMPLES, clean(row))
 
     def truncate_after(self, step: int) -> None:
@@ -220,7 +224,7 @@ class RunFolder:
         self._warned = {(e.get("step"), e.get("text")) for e in self._past() if e.get("event") == "warning"}
 
     def sync(self) -> None:
-        """Events and samples are on disk before a checkpoint that follows them."""
+        """Flushes events and samples to disk, before the checkpoint that follows them."""
         for name in self._files:
             disk.sync(self.path / name)
 
@@ -245,7 +249,7 @@ class RunFolder:
         write_json(self.path / "result.json", result)
 
     def write_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Anew each time: a table is computed from the whole run."""
+        """Writes a table as a whole, as it is computed from the whole run."""
         path = self.path / "tables" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(clean(row)) + "\n" for row in rows), encoding="utf-8")
@@ -293,7 +297,7 @@ class RunFolder:
 
 
 class Follower(RunFolder):
-    """The run folder for ranks beside the first: they write nothing."""
+    """The run folder on the other ranks, which write nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,15 +1,15 @@
-"""What a run is made of, so that a run that goes on is known to be the same run: `RUN/inputs.json`.
+"""Fingerprints of what a run is made of (`RUN/inputs.json`), which refuse to resume it with other data or models.
 
     config      the resolved configuration
     data        every problem with its demonstrations, in order, as training draws from them
     reward      the sources of reward functions, and of what they import that lies beside them
     tokenizer   vocabulary, rules, chat template, end tokens
-    model       the base model's configuration and files of weights
+    model       the configuration and weight files of the base model
     teacher     the same of the teacher, and its tokenizer's files
 
-Files of weights are hashed as a whole. Sampled blocks would miss a change of a few tensors, and all bytes cost little:
-they are read to open the model anyway, and are hashed faster than most disks give them. A model of the hub is named by
-its commit. Versions of libraries are kept to be told, and refuse nothing.
+Weight files are hashed as a whole. Sampled blocks would miss a change of a few tensors, and hashing all bytes costs
+little: loading the model reads them anyway, and most disks are slower than the hash. A model of the hub is identified
+by its commit. Other versions of libraries are reported but not refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FILE = "inputs.json"
 KEYS: Sequence[str] = ("config", "data", "reward", "tokenizer", "model", "teacher")
 ROLES = ("train", "demos", "validation", "test", "hard")
-SHOWN = 3  # differences of a kind that are named
+SHOWN = 3  # the most differences of one kind that a message names
 
 
 def check_keys(allowed: Collection[str]) -> None:
@@ -45,7 +45,7 @@ def check_keys(allowed: Collection[str]) -> None:
 
 
 def take(config: RunConfig, splits: Splits, chat: Chat) -> dict[str, Any]:
-    """Of a run that is about to start or to go on."""
+    """The fingerprints of a run that is about to start or resume."""
     teacher: dict[str, str] = {}
     if config.teacher is not None:
         named = ModelConfig.model_validate({"name_or_path": config.teacher.name_or_path,
@@ -61,10 +61,10 @@ def take(config: RunConfig, splits: Splits, chat: Chat) -> dict[str, Any]:
 
 
 def compare(run: Path, now: Mapping[str, Any], allowed: Collection[str]) -> dict[str, str]:
-    """What differs from what the run was made of, by key. It is refused unless it is allowed."""
+    """The changes since the run began, by key. A change that is not allowed is a UserError."""
     then = read_json(run / FILE)
     if then is None and not any((run / "checkpoints").glob("step-*")):
-        return {}  # killed before it got here
+        return {}  # the run was killed before it wrote the file
     if then is None or not all(isinstance(then.get(key), dict) for key in KEYS):
         found = dict.fromkeys(KEYS, f"{FILE} is missing or incomplete, and nothing else says what the run was made of")
     else:
@@ -80,7 +80,7 @@ def compare(run: Path, now: Mapping[str, Any], allowed: Collection[str]) -> dict
 
 
 def _check_method(run: Path, *configs: dict[str, Any]) -> None:
-    """What a method keeps between steps means nothing to another one."""
+    """Refuses another method, which could not use the state that the first one kept."""
     was, now = (", ".join(part.name for part in parts(make_config(config).method)) for config in configs)
     if was != now:
         raise UserError(f"{run}: config: the method was {was}, is {now}; a run keeps its method: put it back, or start "
@@ -94,7 +94,7 @@ def other_versions(run: Path, now: Mapping[str, Any]) -> str:
 
 
 def keep(folder: RunFolder, now: Mapping[str, Any], changed: Mapping[str, str], step: int) -> None:
-    """Records what was allowed, as an event and beside the inputs: a later resume may drop the event."""
+    """Records allowed changes, as an event and in inputs.json, since a later resume may drop the event."""
     before = (read_json(folder.path / FILE) or {}).get("changes", [])
     if changed:
         event = {"event": "change", "step": step, "allowed": list(changed), "text": "; ".join(changed.values())}
@@ -106,7 +106,7 @@ def keep(folder: RunFolder, now: Mapping[str, Any], changed: Mapping[str, str], 
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 def _rows(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Eight digits of each row say which one changed, one digest of all says whether any did."""
+    """A digest of all rows tells whether any changed; eight digits of each row's digest tell which one."""
     each = [disk.digest_of(json.dumps(
         [p.id, p.messages, p.answer, [[d.text, d.logps] for d in p.demos], p.difficulty, dict(p.columns),
          p.conversational], default=_plain, sort_keys=True)) for p in problems]
@@ -114,7 +114,7 @@ def _rows(problems: Sequence[Problem]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    """Of a column that JSON does not know: dates and the like; arrays and images by their bytes."""
+    """Text for values that JSON cannot hold: dates and the like; arrays and images by their bytes."""
     return value.tobytes().hex() if hasattr(value, "tobytes") else repr(value)
 
 
@@ -143,7 +143,7 @@ def _model(config: ModelConfig, *more: str) -> dict[str, str]:
 
 
 def _sources(file: Path, seen: Collection[Path] = ()) -> Iterator[Path]:
-    """A reward function's file, and what it imports that lies beside it."""
+    """The file of a reward function, and the files beside it that it imports."""
     yield file
     tree, done = ast.parse(file.read_bytes()), {*seen, file}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -162,7 +162,7 @@ def _sources(file: Path, seen: Collection[Path] = ()) -> Iterator[Path]:
 # -- differences -------------------------------------------------------------------------------------------------------
 
 def _difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words; empty where there is none."""
+    """The difference in words; empty if there is none."""
     if key == "data":
         return "; ".join(text for role in ROLES if (text := _moved(f"data.{role}", then.get(role, {}), now[role])))
     if key == "config":
@@ -194,7 +194,7 @@ def _list(parts: Sequence[str]) -> str:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """By dotted keys."""
+    """Nested values by dotted keys."""
     if not isinstance(value, dict):
         return {name: value}
     inner = [_flat(item, f"{name}.{part}".lstrip(".")) for part, item in value.items()]

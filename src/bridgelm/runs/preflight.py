@@ -1,4 +1,4 @@
-"""What can be known about a run before torch is loaded: mistakes, each with its fix, and what the run would cost."""
+"""Checks a configuration before torch is loaded (`check`): mistakes, each with its fix, and the cost of the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def ready(config: RunConfig, restarted: bool = False) -> RunConfig:
-    """The configuration, if nothing in it can be seen to fail. Restarted processes have a run folder already."""
+    """Returns the configuration if no check fails. Processes that torchrun restarted have a run folder already."""
     check_static(config)
     if restarted:
         return absolute(config)
@@ -246,7 +246,7 @@ def _data_line(config: RunConfig) -> str:
 
 
 def _cost_lines(config: RunConfig) -> list[tuple[str, str]]:
-    """Upper bounds, except that refills of flat groups come on top."""
+    """Upper bounds of the cost, without refills of flat groups."""
     methods = catalogue.parts(config.method)
     steps = stage_steps(config.method, config.steps) if isinstance(config.method, SequenceOptions) else [config.steps]
     sampling = catalogue.sampling_steps(config)

@@ -1,5 +1,6 @@
-"""The live display: one run while it trains, or a table of several that run side by side. On a terminal it is redrawn
-in place; anywhere else (a file, a CI log) it is one plain line now and then."""
+"""The live display of one run while it trains, or of several runs side by side as a table.
+
+On a terminal it is redrawn in place; elsewhere (a file, a CI log) it prints a plain line now and then."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def _share(value: float | None) -> str:
 
 
 class RunView:
-    """What is known of a run, from its events in order."""
+    """The state of a run, from its events in order."""
 
     def __init__(self, name: str, total: int, state: str = "starting") -> None:
         self.name, self.total, self.state = name, total, state
@@ -62,7 +63,7 @@ class RunView:
         if event.get("event") != "step":
             return
         if event.get("phase", "") != self.phase:
-            self._marks.clear()  # another stage has another speed
+            self._marks.clear()  # another stage runs at another speed
         self.state, self.phase, self.step = "training", event.get("phase", ""), event.get("step", self.step)
         self.reward = event.get("reward")
         self._marks.append((self.step, event.get("seconds") or 0.0, event.get("tokens") or 0.0))
@@ -74,7 +75,7 @@ class RunView:
 
     @property
     def left(self) -> float | None:
-        """Seconds to go at the speed of the last steps."""
+        """Estimated seconds to the end, at the speed of the last steps."""
         steps, seconds, _ = self._moved()
         return (self.total - self.step) * seconds / steps if steps > 0 else None
 
@@ -127,7 +128,7 @@ class Progress:
             self._line(self.view.plain())
 
     def state(self, what: str) -> None:
-        """What goes on outside of training steps: "loading the model", "evaluating", "saving"."""
+        """Shows what the run does outside of training steps: "loading the model", "evaluating", "saving"."""
         self.view.state = what
 
     def say(self, text: str) -> None:

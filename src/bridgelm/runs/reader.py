@@ -1,4 +1,4 @@
-"""The reading side of a run folder: the object that a user looks at, and that reports are made of."""
+"""`Run`: reads a run folder (metrics, samples, results, status), for users and for reports."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def evals(self) -> list[Event]:
-        """The looks at the validation set."""
+        """The measurements on the validation set."""
         return [event for event in self.events
                 if event.get("event") == "eval" and event.get("split", "validation") == "validation"]
 

@@ -1,4 +1,4 @@
-"""Optional copies of the metrics in TensorBoard, Weights & Biases and trackio. Imported only if asked for."""
+"""Copies metrics to TensorBoard, Weights & Biases or trackio, which are imported only if `log.sinks` names them."""
 
 from __future__ import annotations
 
