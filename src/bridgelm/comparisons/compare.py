@@ -38,10 +38,10 @@ def compare(base: RunConfig | Mapping[str, Any] | str | Path, methods: Sequence[
     """Writes OUT/comparison.html, .md, .json and OUT/figures; returns the page's path.
 
     Each of `methods` is a variant that `base` carries, a recipe beside it (by its name), a path, or the name of a
-    method, which then takes the base's other settings; `all` stands for every registered method (compare_all.py).
+    method, which then takes the base's other settings; `all` stands for every registered method (everything.py).
     `base` itself is always in and is what the others are compared with. Finished runs in OUT are kept, unfinished
     ones go on. `overrides` hold for all methods. `jobs`: runs at once, default one a core. What each arm is given is
-    printed first (compare_arms.py); `dry_run` stops there, without a page.
+    printed first (analysis/arms.py); `dry_run` stops there, without a page.
     """
     configs, notes = resolve_all(base, methods, overrides)
     first = next(iter(configs))
