@@ -1,10 +1,11 @@
-"""Several processes of one run (`torchrun --nproc-per-node N -m bridgelm train FILE`).
+"""Runs on several processes, started by `torchrun --nproc-per-node N -m bridgelm train FILE`: collectives and errors.
 
-Every rank reads the same data, draws the same numbers and runs the whole method; what costs time is dealt out, and what
-comes of it is exchanged until all have all of it. A method so sees what it would see in one process, and no count is
-summed over ranks. Weights may be in shards (`sharding.py`): sums over elements are then sums over ranks (`total`).
-Collectives are here, and those of torch's FSDP in blocks of `moving_parts`. Before each the ranks meet: they make sure
-that they are at the same one, and learn if one of them has failed, so that no rank waits for one that will not come.
+Every rank reads the same data, draws the same random numbers and runs the whole method. Only the expensive work is
+divided among the ranks, and its results are exchanged, so that every rank has all of them. A method therefore sees what
+it would see in a run of one process, and counts need not be summed over ranks. If weights are sharded (`sharding.py`), sums
+over their elements are summed over ranks (`total`). All collectives are in this file, except those of torch's FSDP,
+which run in blocks of `moving_parts`. Before each collective the ranks meet: they check that all are at the same one,
+and learn if one of them has failed, so that no rank waits for one that will not come.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportP
 from bridgelm.errors import UserError
 
 BUCKET = 2**24  # elements of one all-reduce
-PATIENCE = timedelta(hours=2)  # a rank may wait while another decodes or grades; a dead one is noticed at once
+PATIENCE = timedelta(hours=2)  # how long a rank may wait while another decodes or grades; death is noticed at once
 FINE, USER, STOPPED, CRASHED = range(4)
 
 
@@ -38,8 +39,8 @@ class PeerFailed(RuntimeError):
 
 class _State:
     meetings = 0
-    over = False  # whether no collective can be answered any more
-    parted = False  # whether each rank holds a part of every weight
+    over = False  # whether collectives have become impossible
+    parted = False  # whether weights are sharded over ranks
 
 
 def world() -> int:
@@ -67,27 +68,28 @@ def restarted() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """The processes that torchrun started as one group, for the length of the block; an error of one ends all."""
+    """Joins the processes that torchrun started into one group for the block; an error in one of them ends all."""
     if not launched() or td.is_initialized():
         yield
         return
-    # Its functions have as a default the group that exists when it is first imported. That group would outlive the
-    # block, and its threads abort when they end after Python.
+    # The functions of this module bind the group that exists when it is first imported as a default. Imported later,
+    # it would keep our group alive beyond the block, and threads of a group that outlives Python abort.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     store, own, count = next(rendezvous("env://", timeout=PATIENCE))
-    # torchrun keeps its store over restarts, and in it the addresses of processes that are gone. The launchers of
-    # several machines count restarts apart; there it is to be told not to keep it (docs/distributed.md).
+    # torchrun keeps its store over restarts, with the addresses of processes that are gone, so each attempt has a
+    # prefix of its own. On several machines the launchers count restarts separately, so there torchrun must be told
+    # not to keep the store (docs/distributed.md).
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else None
     td.init_process_group(backend, store=PrefixStore(f"attempt {attempt}", store), rank=own, world_size=count,
                           timeout=PATIENCE)
     _State.meetings, _State.over, _State.parted = 0, False, False
     try:
         yield
-        wait()  # nobody leaves while another can still fail
+        wait()  # no rank leaves while another one can still fail
     except BaseException as error:
         _tell(error)
         raise
@@ -101,7 +103,7 @@ def share(count: int) -> range:
 
 
 def bounds(count: int) -> tuple[int, int]:
-    """Which of `count` rows are this rank's, where each has a part: the last ranks may have fewer, or none."""
+    """The start and end of this rank's shard of `count` rows; the last ranks may have fewer rows, or none."""
     size = -(-count // world())
     return min(count, rank() * size), min(count, (rank() + 1) * size)
 
@@ -111,19 +113,19 @@ def wait() -> None:
 
 
 def agree(flag: bool) -> bool:
-    """Whether it holds on any rank."""
+    """Whether the flag is set on any rank."""
     return flag if world() == 1 else any(table[3] for table in _meet("agree", int(flag)))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """A value of JSON that rank 0 alone makes."""
+    """A JSON value that rank 0 alone computes and sends to all ranks."""
     if world() == 1:
         return make()
     return json.loads(_exchange("value", json.dumps(make()).encode() if first() else b"")[0])
 
 
 def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The named arrays of all ranks. No two ranks have the same name."""
+    """The named arrays of all ranks together. Names must differ between ranks."""
     if world() == 1:
         return dict(arrays)
     parts = _exchange("arrays", save({name: np.asarray(a, order="C") for name, a in arrays.items()}))
@@ -131,7 +133,7 @@ def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def add(tensors: Sequence[Tensor]) -> None:
-    """Sums over ranks, in place; to the bit the same on all of them."""
+    """Sums tensors over ranks, in place; the result is bitwise the same on all ranks."""
     if world() == 1:
         return
     _meet("add")
@@ -149,7 +151,7 @@ def add(tensors: Sequence[Tensor]) -> None:
 
 
 def part(parted: bool) -> bool:
-    """Says whether each rank holds but a part of every weight from now on. In one process it never does."""
+    """Sets whether weights are sharded over ranks from now on. In a run of one process they never are."""
     _State.parted = parted and world() > 1
     return _State.parted
 
@@ -159,7 +161,7 @@ def parted() -> bool:
 
 
 def total(value: float) -> float:
-    """Of a sum over elements of weights, of which each rank has added up those that it holds."""
+    """The sum over all elements of weights, given the sum over those that this rank holds."""
     if not parted():
         return value
     sums = torch.tensor([value], dtype=torch.float64)
@@ -169,8 +171,8 @@ def total(value: float) -> float:
 
 @contextmanager
 def moving_parts() -> Iterator[None]:
-    """A block in which torch moves parts of weights between ranks. All have to come through it alike: one that fails in
-    it cannot tell the others, which wait for its parts. It leaves, and they fail when they lose it."""
+    """A block in which FSDP moves shards of weights between ranks. All ranks must pass through it alike. One that fails
+    in it cannot tell the others, which wait for its shards; it leaves, and they fail when they lose the connection."""
     if not parted():
         yield
         return
@@ -187,7 +189,7 @@ def moving_parts() -> Iterator[None]:
 def _guarded(collective: Callable[..., Any], *args: Any) -> None:
     try:
         collective(*args)
-    except RuntimeError:  # of the connection: a rank was killed
+    except RuntimeError:  # the connection is lost, as a rank was killed
         _State.over = True
         raise
 
@@ -199,7 +201,8 @@ def _gathered(values: Tensor) -> list[Tensor]:
 
 
 def _meet(what: str, size: int = 0, error: str = "", status: int = FINE) -> list[list[int]]:
-    """(status, kind, number, size) of every rank."""
+    """Exchanges (status, kind of collective, its number, size of the payload) with all ranks. If a rank has failed, its
+    error is raised here too."""
     if world() == 1:
         return []
     _State.meetings += 1
@@ -229,7 +232,7 @@ def _exchange(what: str, mine: bytes) -> list[bytes]:
 
 
 def _tell(error: BaseException) -> None:
-    """Lets the others know that this rank ends here, in place of the collective that they are at or come to."""
+    """Tells the other ranks, at the next collective, that this one has failed."""
     if _State.over:
         return
     if isinstance(error, UserError):

@@ -1,9 +1,8 @@
 """The compute ledger: what a run has spent, in FLOPs, whatever it spent them on.
 
-2N a generated or scored token and 6N a trained one, N the number of weights of the model (a teacher's own for what it
-scores); padding is not counted, the prompt of a group is generated from once. Evaluation is a measurement and is left
-out for every method alike; so are the probes of `diagnose.every`, whose cost is kept in a line of its own.
-"""
+A generated or scored token costs 2N and a trained one 6N, where N is the number of weights of the model (of the
+teacher, for tokens that it scores). Padding is not counted, and the prompt of a group counts once. Evaluation is a
+measurement and is not counted, for any method; the cost of `diagnose.every` is counted apart, as `flops/probe`. """
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ class Ledger:
     train: int = 0
     rollouts: int = 0
     seconds: float = 0.0
-    probe: int = 0  # forward passes of a token, for measurements only: counted apart
+    probe: int = 0  # tokens of the measurements of `diagnose.every`, in forward passes; counted apart
     teacher: int = 0  # tokens that a teacher scored
     teacher_parameters: int = 0
 

@@ -81,7 +81,8 @@ Norm = Literal["token", "row", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Which tokens of a row a loss term sees (mask) and with what weight, apart so that a weight of 0 still counts.
+    """The tokens of a row that a loss term covers (mask), and their weights. A masked token counts in the denominator
+    even if its weight is 0.
 
     `norm` says what the term is divided by over the whole global batch: its masked tokens, its rows (each row a mean
     over its own tokens), or rows times `constant` (a fixed length, as Dr. GRPO does).
@@ -96,26 +97,27 @@ class Stream:
 @dataclass(frozen=True, slots=True)
 class Row:
     """A flat token sequence to train on. `own` marks the tokens of the answer (there may be several segments). The
-    first `given` of a rollout's were handed to it by a demonstration: the policy drew the others."""
+    first `given` of these come from a demonstration; the policy drew the others."""
 
     ids: np.ndarray
     own: np.ndarray
     kind: Literal["rollout", "demo"]
     problem: Problem
     group: int = -1
-    at: str = "live"  # whose weights sampled it
+    at: str = "live"  # the weights that sampled it
     temperature: float = 1.0
-    old_logps: np.ndarray | None = None  # of the policy that drew it, at the row's temperature; 0 on given tokens
+    # Log-probs under the policy that drew it, at the row's temperature; 0 on given tokens.
+    old_logps: np.ndarray | None = None
     ref_logps: np.ndarray | None = None
-    reward: float = math.nan  # of a demonstration
+    reward: float = math.nan  # NaN for a demonstration
     verdict: Verdict | None = None
     finished: bool = True
     text: str = ""
     streams: Mapping[str, Stream] = field(default_factory=dict[str, Stream])
     given: int = 0
     times: float = 1.0  # how often the row counts in every term, its denominator included; 0: not at all
-    teacher_logps: np.ndarray | None = None  # NaN where the teacher has nothing to say (an end token of ours)
-    mismatch: np.ndarray | None = None  # old_logps less those that the engine drew with, where they are not the same
+    teacher_logps: np.ndarray | None = None  # NaN where the teacher gives none (on an end token that it does not have)
+    mismatch: np.ndarray | None = None  # old_logps minus the log-probs of the engine, where the two differ
 
     @property
     def drawn(self) -> np.ndarray:
@@ -143,7 +145,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Rows side by side in attention: which token of the line stands at each of its (rows x length) places."""
+    """Rows of equal length in one attention call: the index in the packed line of the token at each place."""
 
     tokens: Tensor
     rows: int
@@ -151,13 +153,13 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tokens of a micro-batch in one line, a prompt that rows share only once (`packing.py`)."""
+    """The tokens of a micro-batch packed into one line, with a prompt that rows share only once (`packing.py`)."""
 
     ids_N: Tensor
     position_N: Tensor
     frames: tuple[Frame, ...]
-    place_N: Tensor  # of each token, in the frames one after the other
-    before_N: Tensor  # of each own token (by row): the token that it is predicted from
+    place_N: Tensor  # the place of each token in the concatenated frames
+    before_N: Tensor  # for each own token, row by row: the index of the token that predicts it
 
     def to(self, device: device) -> Layout:
         if device.type == "cpu":
@@ -177,8 +179,8 @@ class Micro:
     own_BT: Tensor
     old_BT: Tensor
     ref_BT: Tensor
-    teacher_BT: Tensor  # 0 where it has nothing to say
-    taught_BT: Tensor  # True where it has
+    teacher_BT: Tensor  # 0 where the teacher gives none
+    taught_BT: Tensor  # True where the teacher gives a log-prob
     temperature_B: Tensor
     layout: Layout  # the same tokens without padding
     weight: Mapping[str, Tensor]

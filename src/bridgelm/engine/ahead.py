@@ -1,4 +1,4 @@
-"""Answers that were asked for before they are needed."""
+"""Answers that are drawn one step ahead (`rollout.ahead`): requests under way, and their results in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bridgelm.types import Completion
 
 
 class Rehearsed(Exception):
-    """Ends a rehearsal of `gather` where it draws: what it would draw has been asked for."""
+    """Ends a rehearsal of a method's `gather` where it draws, once its answers have been asked for."""
 
 
 class Pending:
-    """Completions under way, and what they were asked with."""
+    """Completions under way, with a digest of the requests that they answer."""
 
     def __init__(self, asked: str, take: Callable[[], list[Completion]]) -> None:
         self.asked, self.take = asked, take
@@ -30,7 +30,8 @@ class Pending:
         return self.asked == _digest(requests, sampling)
 
     def state(self) -> dict[str, Any]:
-        """Waits for them: a checkpoint holds them, as the weights that they were drawn with are gone by then."""
+        """Waits for the completions and returns them for a checkpoint: when a run resumes, the weights that drew them
+        are gone."""
         return {"asked": self.asked, "completions": [
             [c.ids.tolist(), c.raw_logps.tolist(), c.logps.tolist(), c.finished] for c in self.take()]}
 

@@ -1,4 +1,4 @@
-"""What a rollout engine is asked for, and what it answers."""
+"""The interface of rollout engines: requests, sampling settings, the weights to draw from, and the Engine protocol."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bridgelm.types import Completion
 class Request:
     prompt: np.ndarray
     seed: tuple[int, ...] = (0,)
-    room: int | None = None  # its own limit of new tokens, under the sampling's
+    room: int | None = None  # a limit of new tokens for this request, if below that of the sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy. No top-p and no top-k: their truncated log-probs would not be the policy's."""
+    """Temperature 0 is greedy. There is no top-p or top-k, as truncated log-probs would not be those of the policy."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -32,23 +32,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Origin:
-    """The weights to draw from: a model that holds them, merged, while the engine is at work."""
+    """The weights to draw from: a model that holds them, merged, while the engine works."""
 
     model: Any
-    version: tuple[int, int] | None = None  # equal for equal weights; None: unknown, an engine of its own copies them
-    adapter: Mapping[str, tuple[Tensor, Tensor]] | None = None  # (A, B) that make them out of the model as it was read
+    # Equal for equal weights; if None, an engine with weights of its own copies them each time.
+    version: tuple[int, int] | None = None
+    # The low-rank (A, B) that turn the model as loaded into these weights.
+    adapter: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
 
 class Lost(UserError):
-    """The engine is another program, and its answers do not come or cannot be used, or the run was told to stop while
-    it waited for them."""
+    """An engine in another program gave no answers or unusable ones, or the run was told to stop while it waited."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The run, as an engine sees it that waits for another program."""
+    """What an engine that waits for another program can ask of the run, and tell it."""
 
-    stopping: Callable[[], bool] = lambda: False  # whether it was told to stop
+    stopping: Callable[[], bool] = lambda: False  # whether the run was told to stop
     say: Callable[[str], None] = lambda text: None
 
 
@@ -56,33 +57,34 @@ Done = Callable[[int, np.ndarray], None]  # the number of a request, and the ids
 
 
 class Engine(Protocol):
-    exact: bool  # whether its log-probs are the trainer's own
+    exact: bool  # whether its log-probs are those of the trainer
 
     def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
                  done: Done | None = None) -> list[Completion]:
-        """A completion a request, in order. An engine that knows early which are done says so while it goes on."""
+        """Returns one completion per request, in order. An engine that knows when a completion is finished calls
+        `done`."""
         ...
 
     def start(self, origin: Origin, requests: Sequence[Request],
               sampling: Sampling) -> Callable[[], list[Completion]]:
-        """Takes up the weights as they are now; what it gives waits for the completions. An engine with a device of its
-        own works in between."""
+        """Starts to draw with the weights as they are now, and returns a function that waits for the completions. An
+        engine with a device of its own works in the meantime."""
         ...
 
     def sleep(self) -> None:
-        """Gives its memory to the trainer; it wakes by itself when it is asked for completions."""
+        """Frees the memory of the device for the trainer; the next request wakes the engine."""
         ...
 
     def close(self) -> None: ...
 
 
 def spent(requests: Sequence[Request], completions: Sequence[Completion]) -> int:
-    """Tokens for the ledger: every distinct prompt once, and what was drawn."""
+    """The tokens that the ledger counts: every distinct prompt once, and all drawn tokens."""
     return sum(len(p) for p in {tuple(r.prompt.tolist()) for r in requests}) + sum(len(c.ids) for c in completions)
 
 
 def stopped(ids: Sequence[int], stop: tuple[str, ...], text: Callable[[Any], str]) -> bool:
     """Whether an answer ends with a stop string."""
-    # One may begin inside an earlier token, and a token may be one byte of a character: look at a tail that is sure to
-    # hold it.
+    # A stop string may begin inside a token, and a token may be one byte of a character, so the tail that is searched
+    # is long enough for both.
     return any(s in text(np.array(ids[-len(s.encode()) - 8:])) for s in stop)

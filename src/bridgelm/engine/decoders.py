@@ -1,8 +1,9 @@
-"""Two ways to run a causal LM one token further for many rows. Rows are padded on the left, so all write one column.
+"""Decoders of the native engine, which extend many rows by one token with a cache of keys and values.
 
 `FastDecoder` spells out Qwen2, Qwen3 and Llama over the model's own modules and one preallocated cache; `ModelDecoder`
 calls any Hugging Face model's own forward with its own cache. A decoder has `prefill`, `select` (keep or repeat rows)
-and `step`, and returns next-token logits (B, V). Rows are chosen on the host, so that a device need not be waited for.
+and `step`, and returns next-token logits (B, V). Rows are padded on the left, so that all rows write the same column
+of the cache. Rows are selected on the host, which saves waiting for the device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Decoder(Protocol):
 
 
 def make_decoder(model: Any, room: int) -> Decoder:
-    """`room`: tokens that will be added to the longest prompt."""
+    """`room`: the number of tokens that will be added to the longest prompt."""
     config = model.config
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     plain = config.model_type in {"qwen2", "qwen3", "llama"} and set(layers) == {"full_attention"}
@@ -50,7 +51,7 @@ class FastDecoder:
             self.mask, mask = None, None
         else:
             causal = torch.ones(self.width, self.width, dtype=torch.bool, device=ids_BP.device).tril()
-            # A padded query sees itself, so that no row of the softmax is empty; nobody ever looks at it.
+            # A padded query attends to itself, so that no row of the softmax is empty; its output is never used.
             itself = torch.eye(self.width, dtype=torch.bool, device=ids_BP.device)
             mask = (causal[None] & pad_BP[:, None, :] | itself)[:, None]
             self.mask = torch.cat([pad_BP, pad_BP.new_ones(len(pad_BP), self.room)], 1)
@@ -65,13 +66,14 @@ class FastDecoder:
         return self.model.lm_head(hidden[:, -1])
 
     def select(self, rows: np.ndarray) -> None:
-        """Fewer rows are moved within the cache, and only those that do not stay where they are (see `filled`)."""
+        """If rows become fewer, they are moved within the cache, and only those that cannot stay in place (see
+        `filled`)."""
         chosen = torch.from_numpy(rows).to(self.start_B.device)
         at = np.flatnonzero(rows != np.arange(len(rows)))
         inside = len(rows) <= len(self.start_B)
         to, source = (torch.from_numpy(x).to(chosen.device) for x in (at, rows[at]))
         for cache in (self.keys, self.values):
-            for layer, kept in enumerate(cache):  # one at a time: never two whole caches
+            for layer, kept in enumerate(cache):  # layer by layer, so that there are never two whole caches
                 if inside:
                     kept[to, :, :self.width] = kept[source, :, :self.width]
                 cache[layer] = kept[:len(rows)] if inside else kept.index_select(0, chosen)
@@ -101,7 +103,7 @@ class FastDecoder:
             if fill:
                 mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                      scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
-            else:  # the query heads that share a key head stand in as queries of it: no key is repeated
+            else:  # query heads that share a key head become further queries of it, so that no key is repeated
                 shared = q.view(batch, k.shape[1], -1, q.shape[-1])
                 mixed = scaled_dot_product_attention(shared, k, v, attn_mask=mask, scale=attention.scaling)
                 mixed = mixed.view(q.shape)
@@ -111,7 +113,7 @@ class FastDecoder:
 
 
 def filled(rows: np.ndarray) -> np.ndarray:
-    """The same rows, in an order in which those that can keep their places; the last ones fill the holes."""
+    """The same rows, ordered so that as many as possible keep their places and the last ones fill the gaps."""
     order = np.arange(len(rows))
     order[np.setdiff1d(order, rows)] = rows[rows >= len(rows)]
     return order
@@ -129,7 +131,7 @@ def _room(x: Tensor, room: int) -> Tensor:
 
 
 def check_cache(model: Any) -> None:
-    """State-space and recurrent models carry another state than keys and values, which knows nothing of padding."""
+    """Refuses state-space and recurrent models, whose state is not a cache of keys and values and ignores padding."""
     if "past_key_values" not in signature(type(model).forward).parameters:
         raise UserError(f"model.name_or_path: a {type(model).__name__} keeps no cache of keys and values, so the "
                         "native engine cannot draw answers from it; take a model with attention, or another "

@@ -1,4 +1,4 @@
-"""Weights as files that another program reads: whole models in parts, and adapters as PEFT writes them."""
+"""Writes weights to files for another program: whole models as several safetensors files, adapters as PEFT does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-PART = 2 * 2**30  # bytes of one file: what is held twice while it is written
+PART = 2 * 2**30  # bytes of one file; so much is held twice while it is written
 
 
 def write_weights(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """As safetensors files, those of the last time replaced. Tied weights are written under each of their names."""
+    """Writes safetensors files that replace those of the last time. Tied weights are written under each of their
+    names."""
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     part: dict[str, Tensor] = {}
@@ -25,20 +26,21 @@ def write_weights(named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         if size and size + weight.nbytes > PART:
             save_file(part, folder / f"part-{number:05d}.safetensors")
             part, size, number = {}, 0, number + 1
-        part[name] = torch.empty_like(weight, device="cpu").copy_(weight.detach())  # of its own storage, also if tied
+        # A copy even if tied, as safetensors refuses shared storage.
+        part[name] = torch.empty_like(weight, device="cpu").copy_(weight.detach())
         size += weight.nbytes
     save_file(part, folder / f"part-{number:05d}.safetensors")
 
 
 def clear(folder: Path) -> None:
-    """Deletes what the functions of this file have written, and nothing else."""
+    """Deletes the files that the functions of this module have written, and nothing else."""
     for pattern in ("part-*.safetensors", "adapter_model.safetensors", "adapter_config.json"):
         for path in folder.glob(pattern):
             path.unlink()
 
 
 def write_adapter(adapter: Mapping[str, tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype, folder: Path) -> None:
-    """One adapter of `rank`; matrices whose term has a lower one are filled up with zeros."""
+    """Writes one adapter of rank `rank`; matrices of lower rank are padded with zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, (a, b) in adapter.items():

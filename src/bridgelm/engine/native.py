@@ -1,7 +1,7 @@
 """The native engine: batched decoding of any Hugging Face causal LM on the trainer's own weights.
 
-A prompt shared by a group is read once; finished rows leave the batch; each request draws from a stream of its own, so
-its tokens do not depend on what else is in the batch (up to rounding).
+A prompt that a group shares is processed once, and finished rows leave the batch. Each request has a random stream of
+its own, so its tokens do not depend on the rest of the batch (up to rounding).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
-BLOCK = 256  # tokens of the vocabulary that are summed before the running sum
-KEEP = 0.95  # rows are compacted when fewer than this share of them is still running
+BLOCK = 256  # tokens of the vocabulary per block of the two-level running sum
+KEEP = 0.95  # rows are compacted when less than this share of them is still running
 
 
 class NativeEngine:
@@ -48,7 +48,7 @@ class NativeEngine:
         return lambda: found
 
     def sleep(self) -> None:
-        """It holds no weights of its own, and its caches are gone."""
+        """There is nothing to free: the engine has no weights of its own, and its caches are gone."""
 
     def close(self) -> None:
         pass
@@ -94,7 +94,7 @@ class NativeEngine:
         return [written.completion(i) for i in range(len(requests))]
 
     def _prefill(self, decoder: Decoder, requests: list[Request], device: torch.device) -> tuple[Tensor, int]:
-        """Reads every distinct prompt once and repeats its cache for the requests that share it."""
+        """Processes every distinct prompt once and repeats its cache for the requests that share it."""
         distinct: dict[bytes, int] = {}
         which = [distinct.setdefault(r.prompt.astype(np.int64).tobytes(), len(distinct)) for r in requests]
         prompts: list[np.ndarray] = [np.frombuffer(key, dtype=np.int64) for key in distinct]
@@ -113,7 +113,7 @@ class NativeEngine:
 
 
 def _check_positions(model: Any, requests: Sequence[Request], limit: int) -> None:
-    """Before a row runs into the end of a table of positions."""
+    """Refuses rows that would run past the end of the model's position table."""
     count = table_of_positions(model.config)
     longest = max(len(r.prompt) + (limit if r.room is None else min(limit, r.room)) for r in requests)
     if count is not None and longest > count:
@@ -122,7 +122,7 @@ def _check_positions(model: Any, requests: Sequence[Request], limit: int) -> Non
 
 
 class _Written:
-    """What the requests' outputs are so far."""
+    """The tokens and log-probs drawn so far."""
 
     def __init__(self, requests: int, limit: int) -> None:
         self.ids_RT = np.zeros((requests, limit), dtype=np.int64)
@@ -155,10 +155,11 @@ def _draw(logits_BV: Tensor, temperature: float, uniform_B: Tensor | None) -> tu
 
 
 def _inverse(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the distribution function: one number decides, whatever else is in the batch.
+    """Draws tokens by inverting the distribution function, so that one random number per row decides.
 
-    In float32 the running sum would lose rare tokens of a large vocabulary, and a number next to 1 would round to 1: an
-    impossible token. In float64 it takes as long as a layer, so the sum runs over blocks, and then within one of them.
+    In float32 the running sum would lose rare tokens of a large vocabulary, and a number close to 1 would round to 1
+    and select an impossible token. In float64 the sum over the vocabulary costs as much as a layer, so it first runs
+    over blocks and then within one block.
     """
     vocabulary = p_BV.shape[1]
     whole = vocabulary // BLOCK * BLOCK
@@ -176,9 +177,9 @@ def _inverse(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _search(p_BK: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Running sums, the first place where they are over a share of the whole, and that share."""
+    """The running sums, the first place where they exceed the given share of the total, and that share of the total."""
     upto_BK = p_BK.cumsum(-1, dtype=torch.float64)
     target_B1 = share_B1 * upto_BK[:, -1:]
-    # Never behind the last place that has any probability: a share may round to 1.
+    # A share may round to 1, but the place must not be behind the last one that has any probability.
     last_B1 = (upto_BK < upto_BK[:, -1:]).sum(-1, keepdim=True)
     return upto_BK, torch.searchsorted(upto_BK, target_B1, right=True).minimum(last_B1), target_B1

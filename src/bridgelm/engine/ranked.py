@@ -1,7 +1,7 @@
-"""An engine that several ranks share: each has its part of the requests answered, and all get all completions.
+"""Divides the requests of a run on several ranks among their engines, and gives every rank all completions.
 
-A request draws from a stream of its own, so its tokens do not depend on who answers it. Of a server, which all of them
-would ask, only the first rank asks; that it was lost is an answer too, on all of them.
+Each request has a random stream of its own, so its tokens do not depend on the rank that draws them. A vLLM server is
+asked by the first rank alone; if it is lost, all ranks learn that.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class RankedEngine:
             try:
                 waiting = self.engine.start(origin, [requests[i] for i in mine], sampling)
             except Lost as error:
-                waiting = partial(_raise, error)  # where the others can hear of it
+                waiting = partial(_raise, error)  # raised in the exchange, where the other ranks learn of it
         return lambda: self._all(len(requests), mine, Ledger(0), waiting)[0]
 
     def _all(self, count: int, mine: Sequence[int], spent: Ledger,
              make: Callable[[], list[Completion]]) -> tuple[list[Completion], int]:
-        """Everybody's completions, and the tokens that all of them took."""
+        """The completions of all ranks, and the number of tokens that they cost."""
         parts: dict[str, np.ndarray] = {}
         made: list[Completion] = []
         try:
@@ -64,13 +64,14 @@ class RankedEngine:
                 for i in range(count)], sum(int(found[f"spent/{rank}"]) for rank in range(dist.world()))
 
     def _asks(self) -> bool:
-        """Also with nothing to ask: engines of several ranks may only be opened together."""
+        """Whether this rank asks its engine, even for nothing: vLLM engines of several ranks must be opened
+        together."""
         return dist.first() or not self.served
 
     def _mine(self, requests: Sequence[Request]) -> list[int]:
         if self.served:
             return list(range(len(requests))) if dist.first() else []
-        numbers: dict[bytes, int] = {}  # equal prompts stay together, as an engine reads one once
+        numbers: dict[bytes, int] = {}  # equal prompts go to one rank, as an engine processes a prompt once
         which = [numbers.setdefault(r.prompt.astype(np.int64).tobytes(), len(numbers)) for r in requests]
         share = set(dist.share(len(numbers)))
         return [i for i, number in enumerate(which) if number in share]

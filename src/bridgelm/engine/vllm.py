@@ -1,8 +1,7 @@
-"""vLLM as the rollout engine: it holds weights of its own, which are streamed into it whenever those to draw from have
-changed, and its log-probs differ a little from the trainer's.
+"""vLLM as the rollout engine, with weights of its own that are replaced whenever the policy's weights have changed.
 
-In full training all merged weights are copied, in low-rank training one adapter. They are merged in tensors of their
-own, by the policy: nothing is merged in place here and taken out again.
+In full training all merged weights are copied to it, in low-rank training one adapter. The policy merges into tensors
+of its own; nothing is merged in place here. The log-probs of vLLM differ a little from those of the trainer.
 """
 
 from __future__ import annotations
@@ -33,39 +32,39 @@ from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
 from bridgelm.types import Completion
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the adapter ranks that vLLM supports
 
 
 @dataclass(frozen=True)
 class Answer:
     ids: list[int]
     logps: list[float]  # at the sampling temperature
-    stopped: bool  # at an end token or a stop string, not at its limit
+    stopped: bool  # whether it ended at an end token or a stop string, not at its limit
 
 
 Adapter = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Backend(Protocol):
-    """Where vLLM runs. Sampling parameters are those of vLLM, by name."""
+    """A place where vLLM runs: in this process, or as a server. Sampling parameters have the names that vLLM uses."""
 
-    max_length: int  # tokens of a prompt and its answer
-    elsewhere: bool  # on a device of its own
-    awaited: bool  # whether the run stands still until it answers
+    max_length: int  # the most tokens of a prompt and its answer
+    elsewhere: bool  # whether it has a device of its own
+    awaited: bool  # whether the run waits for its answers now
 
     def wake(self, model: Any) -> None:
-        """Makes it ready; `model` is of the kind that it is to draw from."""
+        """Makes it ready; `model` has the architecture that it will draw from."""
         ...
 
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
     def adapt(self, adapter: Adapter) -> None: ...
     def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]: ...
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """The log-prob at temperature 1 of each token but the first."""
+        """The log-probs at temperature 1 of all tokens but the first."""
         ...
 
     def sleep(self) -> bool:
-        """Whether the weights have to be given to it again."""
+        """Frees device memory; returns whether the weights must be sent again afterwards."""
         ...
 
     def close(self) -> None: ...
@@ -76,8 +75,8 @@ class VllmEngine:
 
     def __init__(self, backend: Backend, chat: Chat, low_rank: bool) -> None:
         self.backend, self.eos_ids, self.text = backend, chat.eos_ids, chat.text
-        self.held: tuple[int, int] | None = None  # version of the weights that it has
-        self.base = low_rank  # whether its weights without an adapter are those of the model's folder
+        self.held: tuple[int, int] | None = None  # the version of its weights
+        self.base = low_rank  # whether its weights, apart from an adapter, are those of the model's folder
         self.syncs = 0
         self.workers = ThreadPoolExecutor(1)
         self.running: Future[list[Completion]] | None = None
@@ -94,7 +93,7 @@ class VllmEngine:
         self._join()
         self.backend.wake(origin.model)
         self._sync(origin)
-        if not self.backend.elsewhere:  # its device is the trainer's too
+        if not self.backend.elsewhere:  # it shares the trainer's device
             found = self._draw(requests, sampling)
             return lambda: found
         self.backend.awaited = False
@@ -106,7 +105,7 @@ class VllmEngine:
         return running.result()
 
     def _join(self) -> None:
-        """Weights are replaced only when nothing is being drawn."""
+        """Waits for answers that are being drawn, as weights are replaced only between draws."""
         if self.running is not None:
             self._wait(self.running)
 
@@ -131,7 +130,7 @@ class VllmEngine:
             self.held = None
 
     def close(self) -> None:
-        self.backend.close()  # first: it ends a wait for answers that nobody needs any more
+        self.backend.close()  # first, as it ends a wait for answers that are no longer needed
         self.workers.shutdown()
 
     def _sync(self, origin: Origin) -> None:
@@ -140,7 +139,7 @@ class VllmEngine:
         if self.base and origin.adapter is not None:
             self.backend.adapt(origin.adapter)
         else:
-            # Tied weights under each of their names: vLLM may have packed the two apart.
+            # Tied weights are given under each of their names, as vLLM may hold them separately.
             self.backend.load(origin.model.named_parameters(remove_duplicate=False))
             self.base = False
         self.held = origin.version
@@ -148,18 +147,19 @@ class VllmEngine:
 
     def _params(self, request: Request, room: int, sampling: Sampling) -> dict[str, Any]:
         seed = int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1)
-        # The end tokens are ours to name: vLLM's own are those of the model's folder.
+        # End tokens are named here, as those that vLLM reads from the model's folder may differ.
         return {"temperature": sampling.temperature, "seed": seed, "max_tokens": room, "logprobs": 0,
                 "ignore_eos": True, "stop_token_ids": sorted(self.eos_ids),
                 **({"stop": list(sampling.stop)} if sampling.stop else {})}
 
     def _cut(self, answer: Answer, stop: tuple[str, ...]) -> Answer:
-        """Where the native engine would have ended it: vLLM puts tokens together to a text of its own."""
+        """Cuts an answer where the native engine would have ended it, as vLLM detokenizes differently."""
         end = next((n for n in range(1, len(answer.ids)) if stopped(answer.ids[:n], stop, self.text)), None)
         return answer if end is None else Answer(answer.ids[:end], answer.logps[:end], True)
 
     def _raw(self, prompts: Sequence[list[int]], answers: Sequence[Answer], sampling: Sampling) -> list[list[float]]:
-        """At temperature 1. vLLM gives one kind of log-prob a token; the other one takes a pass of its own."""
+        """The log-probs at temperature 1. vLLM gives only those at the sampling temperature, so these take a further
+        pass."""
         if sampling.temperature in (0.0, 1.0):
             return [answer.logps for answer in answers]
         scored = self.backend.score([prompt + answer.ids for prompt, answer in zip(prompts, answers, strict=True)])
@@ -174,19 +174,19 @@ def _completion(answer: Answer, raw: list[float], sampling: Sampling) -> Complet
 
 
 def adapter_rank(config: RunConfig) -> int:
-    """Of the one adapter that stands for theta's and, where the method has one, w's."""
+    """The rank of the one adapter that stands for theta's and, if the method has a w, also for that of w."""
     return config.model.lora_rank and config.model.lora_rank + max(getattr(p, "rank", 0) for p in parts(config.method))
 
 
 def _linear(model: Any) -> list[str]:
-    """The last names of its linear layers, but for the output head."""
+    """The names of the model's linear layers, without their paths and without the output head."""
     head = model.get_output_embeddings()
     return sorted({name.rpartition(".")[2] for name, module in model.named_modules()
                    if isinstance(module, torch.nn.Linear) and module is not head})
 
 
 class InProcess:
-    """vLLM in this process, on the trainer's device. It is opened when it is first needed."""
+    """vLLM in this process, on the trainer's device; it is opened when it is first needed."""
 
     elsewhere = False
     awaited = True
@@ -206,30 +206,31 @@ class InProcess:
             self.max_length = self.llm.model_config.max_model_len
         elif self.asleep:
             gc.collect()
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is missing here
+            torch.cuda.empty_cache()  # memory that the trainer's allocator caches would be missing for vLLM
             self.llm.wake_up()
             self.asleep = False
 
     def _open(self, trained: Any) -> Any:
-        # The iterator of the weights cannot go to another process; and no usage statistics are sent.
+        # vLLM must run in this process, as the weights come from an iterator; and no usage statistics are sent.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads are this process's too
+        # VLLM must not pin the threads, which are the trainer's too.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.vllm = import_module("vllm")
         model, rollout, own = self.config.model, self.config.rollout, self.config.rollout.vllm
         lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1,
-                # Not the head: no adapter of ours is on it, and vLLM's fails where prompts are scored.
+                # No adapter is on the output head, and an adapter there makes vLLM fail where prompts are scored.
                 "lora_target_modules": _linear(trained),
                 "max_lora_rank": next((r for r in RANKS if r >= self.rank), self.rank)} if self.rank else {}
         group = {}
-        if dist.world() > 1:  # one of several engines of one process each, which joins the group that there is
+        if dist.world() > 1:  # each rank has an engine of its own, which joins the existing process group
             group = {"distributed_executor_backend": "external_launcher"}
-            # When it is closed it would take that group, ours, with it.
+            # Closing vLLM would destroy that group, which is ours.
             vars(import_module("vllm.distributed.parallel_state"))["destroy_distributed_environment"] = lambda: None
         try:
             return self.vllm.LLM(
                 model_path(model.name_or_path), revision=model.revision, dtype=model.dtype, seed=0,
-                # Full training gives it all its weights before it draws; adapters stand on those of the folder.
+                # In full training all weights are sent before it draws; adapters need the weights of the folder.
                 load_format="auto" if self.rank else "dummy", max_model_len=self._longest(),
                 logprobs_mode="processed_logprobs", gpu_memory_utilization=own.memory, enable_prefix_caching=True,
                 enforce_eager=own.eager or not torch.cuda.is_available(), enable_sleep_mode=self.can_sleep,
@@ -240,7 +241,7 @@ class InProcess:
                             "set rollout.engine = 'native'") from error
 
     def _longest(self) -> int:
-        """vLLM refuses to be opened for more than the model's positions."""
+        """The length limit to open vLLM with, which it refuses if the model has fewer positions."""
         from transformers import AutoConfig
 
         config, model = self.config, self.config.model
@@ -283,7 +284,8 @@ class InProcess:
     def sleep(self) -> bool:
         if self.llm is None or self.asleep or not self.can_sleep:
             return False
-        whole = not self.rank  # the weights come anew anyway; those under an adapter are kept in main memory
+        # Weights that are sent again can be dropped; those under an adapter are moved to main memory.
+        whole = not self.rank
         self.llm.sleep(level=2 if whole else 1)
         self.asleep = True
         return whole

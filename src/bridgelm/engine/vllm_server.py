@@ -1,10 +1,10 @@
-"""A vLLM server as the place where answers are drawn: weights go to it through files in a folder that both can read.
+"""Draws answers from a vLLM server; weights are sent to it through files in a folder that both programs can read.
 
-Of vLLM's ways between processes this is the one that needs no GPU on either side. It is served by its development
-endpoints, which have no access control: keep the server's port away from others (docs/engines.md).
+Of the ways in which vLLM takes weights from another process, this one needs no GPU on either side. It uses the server's
+development endpoints, which have no access control: keep others away from its port (docs/engines.md).
 
-A server is another program, maybe on another machine. It may hang, restart, or be something else than it seems: waits
-end, faults that may pass are tried again, and what is learned from is checked against what was asked for.
+A server is another program, maybe on another machine. It may hang, restart, or not be what it seems. Therefore all
+waits end, requests are repeated after faults that may pass, and every answer is checked against its request.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from bridgelm.errors import UserError
 AT_ONCE = 256  # requests that wait for their answer; the server batches them
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs (docs/engines.md)"
 CONNECT = 10.0  # seconds
-POLL = 0.2  # seconds between looks at whether the run was told to stop
-PAUSE, LONGEST = 1.0, 60.0  # seconds before the first further try, doubled for each later one, and at most
-PER_TOKEN = 0.1  # seconds that a slow server may take for a token of the longest answer
-PER_SECOND = 50e6  # bytes of weights that a slow disk gives
-ROOM = 2**20  # bytes of an answer, beside those of its tokens
-PER_ASKED = 2**10  # bytes of an answer for a token of the prompt or of the limit, with its log-probs and texts
+POLL = 0.2  # seconds between checks whether the run was told to stop
+PAUSE, LONGEST = 1.0, 60.0  # seconds before the first retry, doubled for each further one; and the most
+PER_TOKEN = 0.1  # seconds that a slow server may take per token of the longest answer
+PER_SECOND = 50e6  # bytes of weights that a slow disk reads
+ROOM = 2**20  # bytes of an answer besides those for its tokens
+PER_ASKED = 2**10  # bytes of an answer per token of the prompt and of the limit, with log-probs and texts
 ROUNDING = 1e-4  # by which the log of a probability next to 1 may exceed 0
 BUSY = {429, 502, 503, 504}
 
 
 # -- what is asked, and what comes back --------------------------------------------------------------------------------
 
-class Told(BaseModel):
-    """A part of an answer, checked; what is not named here may be there too."""
+class Reply(BaseModel):
+    """A part of a reply of the server, checked. It may have further fields."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,64 +58,64 @@ class Told(BaseModel):
 LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False)]
 
 
-class Model(Told):
+class Model(Reply):
     id: str
     max_model_len: Annotated[int, Field(gt=0)]
 
 
-class Models(Told):
+class Models(Reply):
     data: Annotated[list[Model], Field(min_length=1)]
 
 
-class Settings(Told):
+class Settings(Reply):
     logprobs_mode: str
     dtype: str
 
 
-class Config(Told):
+class Config(Reply):
     of_model: Settings = Field(alias="model_config")
 
 
-class Info(Told):
+class Info(Reply):
     vllm_config: Config
 
 
-class Reset(Told):
+class Reset(Reply):
     success: bool
 
 
-class LogProbs(Told):
+class LogProbs(Reply):
     token_logprobs: list[LogProb]
 
 
-class Choice(Told):
+class Choice(Reply):
     token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     logprobs: LogProbs
     finish_reason: Literal["stop", "length"]
 
 
-class Answered(Told):
+class Answered(Reply):
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
 
 
-class At(Told):
+class At(Reply):
     logprob: LogProb
 
 
-class Scores(Told):
+class Scores(Reply):
     prompt_logprobs: list[dict[str, At] | None]
 
 
-class Scored(Told):
+class Scored(Reply):
     choices: Annotated[list[Scores], Field(min_length=1, max_length=1)]
 
 
 Kind = Literal["busy", "gone", "silent", "wrong"]
-T = TypeVar("T", bound=Told)
+T = TypeVar("T", bound=Reply)
 
 
 class Fault(Exception):
-    """One that may pass."""
+    """A fault that may pass, after which the request is repeated."""
 
     def __init__(self, kind: Kind, text: str) -> None:
         super().__init__(text)
@@ -126,11 +126,11 @@ class Fault(Exception):
 class Ask:
     path: str
     body: dict[str, Any] | None = None  # None: GET
-    read: Callable[[bytes], Any] = bytes  # checks an answer
-    room: int = ROOM  # bytes that it may have
+    read: Callable[[bytes], Any] = bytes  # checks and parses the reply
+    room: int = ROOM  # the most bytes of the reply
 
 
-def told(kind: type[T], text: bytes) -> T:
+def parsed(kind: type[T], text: bytes) -> T:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -140,12 +140,12 @@ def told(kind: type[T], text: bytes) -> T:
 
 
 def read_reset(text: bytes) -> None:
-    if not told(Reset, text).success:
+    if not parsed(Reset, text).success:
         raise Fault("busy", "is at work for somebody else while its weights are replaced; a server serves one run")
 
 
 def read_answer(limit: int, vocabulary: int, text: bytes) -> Answer:
-    choice = told(Answered, text).choices[0]
+    choice = parsed(Answered, text).choices[0]
     ids, logps = choice.token_ids, choice.logprobs.token_logprobs
     if len(ids) > limit:
         raise Fault("wrong", f"{len(ids)} tokens, and {limit} were asked for")
@@ -159,7 +159,7 @@ def read_answer(limit: int, vocabulary: int, text: bytes) -> Answer:
 
 
 def read_scores(ids: Sequence[int], text: bytes) -> list[float]:
-    found = told(Scored, text).choices[0].prompt_logprobs
+    found = parsed(Scored, text).choices[0].prompt_logprobs
     if len(found) != len(ids):
         raise Fault("wrong", f"{len(found)} log-probs of a prompt of {len(ids)} tokens")
     places = [(at or {}).get(str(token)) for token, at in zip(ids[1:], found[1:], strict=True)]
@@ -171,7 +171,7 @@ def read_scores(ids: Sequence[int], text: bytes) -> list[float]:
 # -- one connection ----------------------------------------------------------------------------------------------------
 
 class Line:
-    """Asks one thing after the other, in a thread of its own that can be abandoned."""
+    """Sends one request after the other, in a thread of its own that can be abandoned."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -192,7 +192,7 @@ class Line:
     def hang_up(self) -> None:
         self.over = True
         if self.socket is not None:
-            with suppress(OSError):  # closed already
+            with suppress(OSError):  # the socket was closed already
                 self.socket.shutdown(socket.SHUT_RDWR)
 
     def ask(self, ask: Ask) -> Any:
@@ -204,7 +204,7 @@ class Line:
             except OSError as error:
                 raise Fault("gone", f"cannot be reached ({error}); start it with {START}") from None
             self.socket = connection.sock
-            connection.sock.settimeout(None)  # whoever waits for the answers hangs up
+            connection.sock.settimeout(None)  # the thread that waits for the answers keeps the time limit and hangs up
             if self.over:
                 raise Fault("gone", "is no longer asked")
             data = None if ask.body is None else json.dumps(ask.body).encode()
@@ -239,7 +239,7 @@ class Line:
 
 
 def _line(text: str) -> str:
-    """What a stranger says, on the user's terminal."""
+    """The text of an unknown server, shortened and without control characters, for the user's terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
 
 
@@ -256,14 +256,14 @@ class Server:
         self.rank, self.dtype = adapter_rank(config), getattr(torch, config.model.dtype)
         self.name, self.adapted, self.max_length, self.vocabulary = "", False, 0, 0
         self.awaited, self.closed = True, False
-        self.given = False  # whether it was given weights
+        self.given = False  # whether weights were sent to it
 
     def wake(self, model: Any) -> None:
-        """The first time looks whether the server is one that this engine can use."""
+        """Checks, the first time, whether the server is one that this engine can use."""
         if self.name:
             return
-        first = self._ask(Ask("/v1/models", read=partial(told, Models))).data[0]
-        settings = self._ask(Ask("/server_info?config_format=json", read=partial(told, Info))).vllm_config.of_model
+        first = self._ask(Ask("/v1/models", read=partial(parsed, Models))).data[0]
+        settings = self._ask(Ask("/server_info?config_format=json", read=partial(parsed, Info))).vllm_config.of_model
         if settings.logprobs_mode != "processed_logprobs":
             raise UserError(f"rollout.server: {self.url} gives {settings.logprobs_mode}, which are not those of the "
                             f"sampling temperature; start it with {START}")
@@ -285,7 +285,7 @@ class Server:
         self._give()
 
     def _give(self) -> None:
-        """The weights of the folder."""
+        """Has the server load the weights in the folder."""
         self.given = True
         if self.adapted:
             self._ask(Ask("/v1/load_lora_adapter", {"lora_name": "bridgelm", "lora_path": str(self.folder),
@@ -293,11 +293,11 @@ class Server:
         else:
             self._ask(Ask("/collective_rpc", {"method": "reload_weights",
                                               "kwargs": {"weights_path": str(self.folder)}}), self._reading())
-        # Keys and values of the old weights; those of an adapter are kept apart.
+        # The cache holds keys and values of the old weights. Those of different adapters do not mix.
         self._ask(Ask("/reset_prefix_cache", {}, bytes if self.adapted else read_reset))
 
     def _reading(self) -> float:
-        """Seconds that it may take for the files."""
+        """The seconds that the server may take to read the files."""
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) / PER_SECOND
 
     def complete(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[Answer]:
@@ -310,7 +310,7 @@ class Server:
                             partial(read_scores, ids)) for ids in sequences])
 
     def sleep(self) -> bool:
-        """It has a device of its own."""
+        """There is nothing to free, as it has a device of its own."""
         return False
 
     def close(self) -> None:
@@ -324,7 +324,7 @@ class Server:
         return self._all(asks, PER_TOKEN * max((body["max_tokens"] for body, _ in asked), default=0), self._again)
 
     def _again(self) -> None:
-        """It was away: a server that was started anew has other weights than those to draw from."""
+        """Sends the weights again after a fault, as a server that was restarted does not have them."""
         if self.given:
             self._give()
 
@@ -332,7 +332,8 @@ class Server:
         return self._all([ask], longer)[0]
 
     def _all(self, asks: Sequence[Ask], longer: float, mend: Callable[[], None] = lambda: None) -> list[Any]:
-        """Their answers, in rounds: what failed in one is asked for again in the next, as often as that makes sense."""
+        """The answers to all requests, in rounds: those that failed in one round are repeated in the next, up to a
+        limit per kind of fault."""
         found: dict[int, Any] = {}
         allowed = {"busy": self.retries, "gone": self.retries, "silent": 1, "wrong": 1}
         met = Counter[str]()
@@ -353,7 +354,8 @@ class Server:
         return [found[i] for i in range(len(asks))]
 
     def _round(self, asks: Mapping[int, Ask], found: dict[int, Any], limit: float) -> list[Fault]:
-        """Asks each once. It ends when for `limit` seconds no answer has become whole: a long queue is no fault."""
+        """Sends each request once. The round ends if no answer is completed for `limit` seconds, so a long queue is no
+        fault."""
         waiting, answers = SimpleQueue[tuple[int, Ask]](), SimpleQueue[tuple[int, Any]]()
         for item in asks.items():
             waiting.put(item)
@@ -361,7 +363,7 @@ class Server:
         faults: list[Fault] = []
         try:
             for line in lines:
-                # Daemons: at the end of the program nobody waits for a connection that hangs.
+                # The threads are daemons, so that a connection that hangs does not keep the program from ending.
                 Thread(target=line.work, args=(waiting, answers), name="vllm server", daemon=True).start()
             heard, missing = time.monotonic(), len(asks)
             while missing:

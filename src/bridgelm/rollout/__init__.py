@@ -1,1 +1,1 @@
-"""Rows to train on: the engine, the verifier and a teacher put together."""
+"""Draws and grades answers and makes them rows to train on; the teacher; and sampling of demonstrations."""

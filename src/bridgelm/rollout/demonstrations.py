@@ -1,8 +1,8 @@
-"""`bridgelm demos`: demonstrations sampled from a teacher, or from the model itself, and kept where they are right.
+"""`bridgelm demos`: samples demonstrations from a teacher, or from the model itself, and keeps the correct ones.
 
-What is written reads back as the tokens that were drawn, with their log-probs: a sample whose text is cut into other
-tokens when it is read is scored again as it will be read. Work in progress lies beside the output, a line a problem; a
-command that was stopped goes on there and ends with the same file.
+The log-probs that are written belong to the tokens that the text will have when it is read: if it is tokenized
+differently from what was drawn, it is scored again. Unfinished work lies beside the output, one line per problem; a
+command that was stopped continues from it and ends with the same file.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ SALT = 15_485_863  # keeps these draws apart from those of rollouts and evaluati
 class DemoOptions:
     """What to sample and what to keep of it."""
 
-    samples: int = 4  # of each problem
+    samples: int = 4  # per problem
     temperature: float = 1.0
     max_new_tokens: int | None = None  # default: rollout.max_new_tokens
-    keep: int | None = None  # at most so many right ones of a problem, the first that were drawn
-    problems: int | None = None  # only the first so many of the train split
-    paired: bool = False  # all problems, with the demonstrations that they had before
-    keep_wrong: bool = False  # wrong ones too, in a file of their own
-    text_only: bool = False  # no log-probs: for a teacher with another tokenizer
-    own: bool = False  # sample [model], though there is a [teacher]
+    keep: int | None = None  # the most correct samples of a problem to keep: the first ones drawn
+    problems: int | None = None  # use only so many problems, the first of the train split
+    paired: bool = False  # write all problems, with the demonstrations that they had before
+    keep_wrong: bool = False  # write wrong samples too, to a file of their own
+    text_only: bool = False  # write no log-probs, for a teacher with another tokenizer
+    own: bool = False  # sample from [model] even if there is a [teacher]
 
 
 @dataclass(frozen=True)
 class Author:
-    """Who is sampled, and how their samples are read by the model that is to be trained."""
+    """The model that is sampled, and the tokenizer of the model to be trained, which will read the samples."""
 
     model: Any
     chat: Chat
     reader: Chat
-    teacher: Teacher | None  # scores what reads back otherwise; None without log-probs
+    teacher: Teacher | None  # scores samples that are tokenized differently when read; None without log-probs
     name: str
 
 
 def write_demos(config: RunConfig, out: str | Path, options: DemoOptions | None = None, *, force: bool = False,
                 say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Writes the file and returns the counts."""
+    """Samples, grades and writes the demonstrations, and returns the counts."""
     options, out = options or DemoOptions(), Path(out)
     draft = _opened(config, out, options, force)
     chat = load_chat(config.model)
@@ -105,7 +105,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _opened(config: RunConfig, out: Path, options: DemoOptions, force: bool) -> Path:
-    """The file of work in progress; refuses to overwrite what was made otherwise."""
+    """The file of unfinished work. An existing output, or work with other settings, is not overwritten."""
     draft = out.with_name(f".{out.name}.part")
     for path in (out, *([wrong_file(out)] if options.keep_wrong else [])):
         if path.exists() and not force:
@@ -131,7 +131,7 @@ def _header(options: DemoOptions, config: RunConfig) -> dict[str, Any]:
 
 
 def _rewrite(draft: Path, done: Sequence[dict[str, Any]], options: DemoOptions, config: RunConfig) -> None:
-    """Header and whole pieces alone: what a killed command left half done is drawn again."""
+    """Writes the header and the complete lines only; what a killed command left incomplete is drawn again."""
     _write(draft, [_header(options, config), *done])
 
 
@@ -146,7 +146,7 @@ def _author(config: RunConfig, reader: Chat, options: DemoOptions) -> Author:
 
 def _some(author: Author, grader: AnswerGrader, problems: Sequence[Problem], start: int, config: RunConfig,
           options: DemoOptions) -> list[dict[str, Any]]:
-    """A line for each of some problems: the row to be written, if any, and counts."""
+    """Samples some problems. The line of each holds the row to be written, if any, and counts."""
     repeated = [problem for problem in problems for _ in range(options.samples)]
     engine = NativeEngine(author.chat.eos_ids, author.chat.pad_id, author.chat.text, config.rollout.max_rows)
     limit = options.max_new_tokens or config.rollout.max_new_tokens
@@ -199,15 +199,16 @@ def _line(author: Author, problem: Problem, drawn: Sequence[Completion], grades:
 
 def read_logps(author: Author, problem: Problem, text: str, drawn: Completion,
                options: DemoOptions) -> tuple[list[float] | None, bool]:
-    """Log-probs of the tokens that the text reads back as, its end token among them where the author drew the same one;
-    and whether they had to be scored again. At the sampling temperature: those of the policy that wrote them."""
+    """Log-probs, at the sampling temperature, of the tokens that the text has when it is read, and whether they had to
+    be scored again. The end token has one if the author drew the same end token."""
     if author.teacher is None:
         return None, False
     ids, own = author.reader.demo_ids(problem, Demo(text))
     written, logps = ids[own], drawn.logps if options.temperature > 0 else drawn.raw_logps
-    if np.array_equal(drawn.ids, written) or np.array_equal(drawn.ids, written[:-1]):  # or it ended at a stop string
+    # Equal, or it ended at a stop string.
+    if np.array_equal(drawn.ids, written) or np.array_equal(drawn.ids, written[:-1]):
         return _numbers(logps), False
-    if np.array_equal(drawn.ids[:-1], written[:-1]):  # another end token
+    if np.array_equal(drawn.ids[:-1], written[:-1]):  # equal but for the end token
         return _numbers(logps[:-1]), False
     found = author.teacher.score([Row(ids, own, "demo", problem, temperature=options.temperature or 1.0)])[0][own]
     found = found[:-1] if np.isnan(found[-1]) else found
@@ -220,7 +221,8 @@ def _numbers(logps: np.ndarray) -> list[float]:
 
 def to_row(problem: Problem, demos: Sequence[dict[str, Any]], fields: dict[str, str], paired: bool,
            about: dict[str, Any]) -> dict[str, Any]:
-    """A row that `data_schema` reads back as this problem with these demonstrations, under the same `data.fields`."""
+    """A row that `data/schema.py` reads back as this problem with these demonstrations, under the same
+    `data.fields`."""
     named = next((name for name in ("prompt", "messages") if name in fields), None)
     prompt = named or ("messages" if problem.conversational else "prompt")
     before = [{"text": demo.text} | ({} if demo.logps is None else {"logps": list(demo.logps)})
@@ -240,7 +242,7 @@ def _totals(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(counts: dict[str, Any], out: Path) -> str:
-    """What was made, in a few lines."""
+    """The counts in a few lines of text."""
     of = Counter(counts)
     judged = of["correct"] + of["wrong"]
     share = f"{of['correct'] / judged:.1%}" if judged else "none"

@@ -1,4 +1,7 @@
-"""Engine x verifier -> rows. One `Roller` serves a run; a method calls it from `gather`."""
+"""`Roller`: draws answers from the engine, grades them with the verifier, and makes them rows to train on.
+
+There is one Roller per run; a method calls it from `gather`. It also makes rows of demonstrations, fills in log-probs
+of the reference and the teacher, and stops the run if the verifier fails on too many of the last answers."""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from bridgelm.rollout.teacher import Teacher, with_logps
 from bridgelm.types import Completion, Demo, Grade, Metrics, Problem, Row, Verdict
 from bridgelm.verify.early import Early, Judge
 
-WINDOW = 256  # answers that the verifier's error rate is taken over
+WINDOW = 256  # the last answers over which the verifier's error rate is taken
 NOTHING = np.empty(0, dtype=np.int64)
-ENOUGH = 128  # fewer count as so many: one unreadable gold in a small batch is no broken verifier
+ENOUGH = 128  # fewer answers count as so many, as one unreadable gold in a small batch is no broken verifier
 
 
 class AnswerGrader(Protocol):
@@ -35,7 +38,7 @@ class AnswerGrader(Protocol):
 
 
 def check_errors(failed: int, graded: int, config: RunConfig, where: str, grader: AnswerGrader) -> None:
-    """A verifier that keeps failing stops the run: its silence must not pass for wrong answers."""
+    """Stops the run if the verifier failed on too many answers, as training would ignore what it cannot grade."""
     limit = config.reward.max_error_rate
     if failed > limit * max(graded, ENOUGH) or (0 < failed == graded and limit < 1):
         raise UserError(f"reward: the verifier failed on {failed} of the last {graded} answers ({where}), over "
@@ -53,21 +56,21 @@ class Roller:
         rollout = config.rollout
         self.own = Sampling(rollout.max_new_tokens, rollout.temperature, tuple(rollout.stop))
         self.sampling = self.own
-        self.pending: Pending | None = None  # of the next step
+        self.pending: Pending | None = None  # the answers of the next step, if they were asked for
         self.rehearsing = self.stale = False
         self.step = self.calls = self.groups_made = 0
-        self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether the verifier failed on the last answers
+        self.recent: deque[bool] = deque(maxlen=WINDOW)  # for each of the last answers, whether the verifier failed
 
     def begin(self, step: int) -> None:
-        """Every draw of a step is seeded by the run's seed, the step and the call: a resumed run draws the same. A
-        method may sample otherwise than the run says (`sampling`), for the length of a step."""
+        """Starts a step. Draws are seeded by the seed of the run, the step and the call, so that a resumed run draws
+        the same. A method may change `sampling` for the length of a step."""
         self.step, self.calls, self.groups_made, self.sampling = step, 0, 0, self.own
 
     def __call__(self, problems: Sequence[Problem], group: int | None = None, at: str = "live", *,
                  prefixes: Sequence[np.ndarray] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
-        """Graded rollouts of each problem from the weights of a point. Each problem is a group with a new number, or
-        with its one of `numbers`. `prefixes`, one a rollout, are the first tokens of the answers, handed to the policy;
-        they count in the limit of new tokens, and the whole answer is graded."""
+        """Draws and grades `group` rollouts of each problem with the weights named `at`. Each problem is a group with a
+        new number, or the one in `numbers`. `prefixes`, one per rollout, are first tokens of the answers that the
+        policy continues; they count towards the limit of new tokens, and the whole answer is graded."""
         size = group or self.config.rollout.group
         repeated = [problem for problem in problems for _ in range(size)]
         given = prefixes if prefixes is not None else [NOTHING] * len(repeated)
@@ -88,7 +91,7 @@ class Roller:
 
     def _draw(self, requests: Sequence[Request], problems: Sequence[Problem], given: Sequence[np.ndarray],
               at: str) -> tuple[list[Completion], bool]:
-        """The completions, and whether they were asked for a step ago."""
+        """The completions, and whether they were asked for one step ahead."""
         pending, self.pending = self.pending, None
         if pending is not None and at == "live" and pending.answers(requests, self.sampling):
             completions, self.stale = pending.take(), True
@@ -111,7 +114,8 @@ class Roller:
                 problems[i], lambda: self.chat.turn(np.concatenate([given[i], ids]))))
 
     def _by_the_trainer(self, rows: list[Row], at: str) -> list[Row]:
-        """Ratios compare the trainer with itself; what the engine drew with is kept beside."""
+        """Replaces the engine's log-probs by the trainer's, so that ratios compare the trainer with itself; the
+        difference is kept in the rows."""
         out = []
         for row, logps in zip(rows, self.policy.score(rows, at), strict=True):
             assert row.old_logps is not None
@@ -120,8 +124,8 @@ class Roller:
         return out
 
     def settle(self, rows: list[Row]) -> tuple[list[Row], Metrics]:
-        """Ends the drawing of a step: the trainer gets the engine's memory, and rows the weights that make up for what
-        the two disagree in."""
+        """Ends the drawing of a step: the engine frees its memory, and rows get the weights that correct for the
+        mismatch of engine and trainer."""
         self.engine.sleep()
         cap = self.config.rollout.correction
         stale = {"engine/stale_steps": float(self.stale)} if self.config.rollout.ahead else {}
@@ -129,14 +133,15 @@ class Roller:
         return mismatch.corrected(rows, cap), {**mismatch.measured(rows, cap), **stale}
 
     def state(self) -> dict[str, Any] | None:
-        """What was asked for ahead, for a checkpoint."""
+        """The answers that were asked for ahead, for a checkpoint."""
         return self.pending.state() if self.pending is not None else None
 
     def load(self, state: dict[str, Any] | None) -> None:
         self.pending = Pending.load(state) if state is not None else None
 
     def experts(self, pairs: Sequence[tuple[Problem, Demo]], numbers: Sequence[int] | None = None) -> list[Row]:
-        """Demonstrations as graded members of a group: no token of them was drawn. Their point is `expert`."""
+        """Demonstrations as graded members of groups. The policy drew none of their tokens, so their `at` is
+        `expert`."""
         problems = [problem for problem, _ in pairs]
         whole = [self.chat.demo_ids(problem, demo) for problem, demo in pairs]
         prompts, answers = [ids[~own] for ids, own in whole], [ids[own] for ids, own in whole]
@@ -144,7 +149,7 @@ class Roller:
         return [replace(row, given=int(row.own.sum()), old_logps=np.zeros(len(row.ids))) for row in rows]
 
     def _numbers(self, problems: Sequence[Problem], size: int, numbers: Sequence[int] | None) -> list[int]:
-        """The group of each row."""
+        """The number of the group of each row."""
         if numbers is None:
             numbers = range(self.groups_made, self.groups_made + len(problems))
             self.groups_made += len(problems)
@@ -162,8 +167,8 @@ class Roller:
                 in zip(problems, prompts, answers, numbers, grades, texts, strict=True)]
 
     def groups(self, data: Data) -> list[Row]:
-        """The step's groups. With `rollout.refill`, those without spread are replaced by groups of further problems, as
-        many times as it says; exactly the missing ones are drawn, so none is left over."""
+        """The groups of a step. Up to `rollout.refill` times, groups whose rewards are all equal are replaced by groups
+        of further problems; only as many as are missing are drawn."""
         wanted = self.config.rollout.prompts
         rows = self(data.problems(wanted))
         for _ in range(self.config.rollout.refill):
@@ -178,17 +183,17 @@ class Roller:
         return Row(ids, own, "demo", problem, text=demo.text, teacher_logps=author_logps(problem, demo, own))
 
     def reference(self, rows: list[Row]) -> list[Row]:
-        """Fills in the frozen reference's log-probs."""
+        """Fills in the log-probs of the frozen reference."""
         logps = self.policy.score(rows, at="reference")
         return [replace(row, ref_logps=logp) for row, logp in zip(rows, logps, strict=True)]
 
     def taught(self, rows: list[Row]) -> list[Row]:
-        """Fills in the teacher's log-probs."""
+        """Fills in the log-probs of the teacher."""
         assert self.teacher is not None, "a method that needs a teacher is refused without one"
         return with_logps(rows, self.teacher.score(rows))
 
     def authored(self, rows: list[Row]) -> list[Row]:
-        """Demonstrations with the log-probs of their author: those of the data, else the teacher's."""
+        """Fills in the log-probs of the demonstrations' author: those in the data, else those of the teacher."""
         missing = [i for i, row in enumerate(rows) if row.teacher_logps is None]
         if missing:
             assert self.teacher is not None, "a method that needs the author's log-probs is refused without them"
@@ -200,7 +205,8 @@ class Roller:
 
 
 def author_logps(problem: Problem, demo: Demo, own: np.ndarray) -> np.ndarray | None:
-    """What the data says of a demonstration's tokens, at their places; the end token's may be left out."""
+    """The log-probs that the data gives for a demonstration, at the places of its tokens; the end token may lack
+    one."""
     if demo.logps is None:
         return None
     size = int(own.sum())
@@ -213,8 +219,8 @@ def author_logps(problem: Problem, demo: Demo, own: np.ndarray) -> np.ndarray | 
 
 
 def summary(rows: list[Row]) -> Metrics:
-    """What a step's rollouts of the live weights say. Those that went on from a part of a demonstration are left out
-    where there are others: their reward is also the demonstration's."""
+    """The metrics of a step's rollouts of the live weights. Rollouts that continue part of a demonstration are left out
+    if there are others, as their reward is partly due to the demonstration."""
     live = [row for row in rows if row.kind == "rollout" and row.at == "live"]
     live = [row for row in live if not row.given] or live
     graded = [row for row in live if row.verdict is not Verdict.ERROR]

@@ -1,7 +1,7 @@
-"""The teacher: a second, frozen model that says how likely it finds the answers of others.
+"""The teacher: a second, frozen model that gives log-probs for the tokens of rollouts and demonstrations.
 
-It is opened when it is first asked, reads whole rows without gradients, and is no part of a checkpoint. What it says of
-a demonstration does not change over a run and is kept on disk (`teacher_cache`).
+It is loaded when it is first used, scores whole rows without gradients, and is not in checkpoints. Its log-probs of
+demonstrations do not change during a run and are cached on disk (`teacher_cache.py`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Teacher:
 
     @classmethod
     def of(cls, config: RunConfig, chat: Chat) -> Teacher | None:
-        """That of a run, if it has one."""
+        """The teacher of a run, if it has one."""
         if config.teacher is None:
             return None
         return cls(teacher_model(config), Reader.of(config, chat), config.batch.micro_tokens)
 
     def keep(self, folder: Path, step: int) -> None:
-        """Where to keep what it says of demonstrations, in a run that goes on from a step."""
+        """Sets the folder of the cache, for a run that starts or resumes at `step`."""
         if dist.first():
             self.cache = Cache(folder, step)
 
@@ -56,15 +56,15 @@ class Teacher:
         return self._model
 
     def close(self) -> None:
-        """Gives its memory back; it is opened again when it is asked again."""
+        """Frees its memory; it is loaded again when it is used again."""
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Log-probs of each row's tokens behind the teacher's own prompt, at the row's temperature: a teacher that is
-        the policy agrees with it. NaN where it has nothing to say."""
+        """Log-probs of each row's tokens after the teacher's own prompt, at the row's temperature, so that a teacher
+        equal to the policy gives the same. NaN on tokens that the teacher does not know."""
         shown = [self.reader.shown(row) for row in rows]
         mine = [Row(s.ids, s.taught, row.kind, row.problem, temperature=row.temperature)
                 for row, s in zip(rows, shown, strict=True)]
@@ -84,7 +84,7 @@ class Teacher:
         return [said[i] if i in said else np.full(len(row.ids), np.nan) for i, row in enumerate(rows)]
 
     def remembered(self, rows: Sequence[Row], step: int) -> list[np.ndarray]:
-        """The same, from the disk where it was said before."""
+        """The same as `score`, from the cache where possible."""
         if self._name is None:
             self._name = fingerprint(self.config)
         keys = [key_of(self._name, s.ids, s.taught, row.temperature)
@@ -93,7 +93,7 @@ class Teacher:
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
         if missing:
             said = dict(zip(missing, self.score(list(missing.values())), strict=True))
-            wide = np.float64 if self.config.dtype == "float64" else np.float32  # what they were computed in
+            wide = np.float64 if self.config.dtype == "float64" else np.float32  # the dtype that they were computed in
             new = {key: logps[missing[key].own].astype(wide) for key, logps in said.items()}
             if dist.first():
                 self.cache.put(step, new)

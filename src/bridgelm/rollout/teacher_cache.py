@@ -1,7 +1,7 @@
-"""Log-probs that are worth keeping, on disk: those of demonstrations, which no update of the policy changes.
+"""The cache on disk of the teacher's log-probs of demonstrations, which no update of the policy changes.
 
-One safetensors file for all that a step had to compute, written beside and renamed into place: whole or absent. A run
-that goes on from a checkpoint drops what later steps wrote, and computes it again as an uninterrupted run would.
+Each step writes what it had to compute as one safetensors file, which is renamed into place and so is whole or absent.
+A resumed run drops the files of later steps and computes them again, as an uninterrupted run would.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from safetensors.numpy import save_file
 from bridgelm.config.run_config import ModelConfig
 from bridgelm.data.model_shapes import model_path
 
-PIECE = 2**16  # bytes looked at in each place of a file of weights
+PIECE = 2**16  # bytes that are read at each place of a weight file
 
 
 class Cache:
-    """Arrays by key. Without a folder they are kept in memory."""
+    """Arrays by key, in a folder or, without one, in memory."""
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
         self.folder, self.memory = folder, dict[str, np.ndarray]()
@@ -62,7 +62,7 @@ class Cache:
 
 
 def _keys(path: Path) -> list[str] | None:
-    """None for a file that is not whole; the library checks its length against its header."""
+    """The keys in a file; None if it is incomplete, which safetensors tells from the length in its header."""
     try:
         with safe_open(path, "numpy") as file:
             return list(file.keys())
@@ -76,8 +76,8 @@ def key_of(model: str, ids: np.ndarray, taught: np.ndarray, temperature: float) 
 
 
 def fingerprint(model: ModelConfig) -> str:
-    """Says which weights a name stands for without reading all of them: the commit of a model of the hub, and of a
-    folder its configuration and, of each file of weights, the size and pieces from all over it."""
+    """Identifies the weights of a model without reading all of them: by the commit of a model of the hub, and for a
+    folder by its configuration and, for each weight file, its size and pieces from all over it."""
     path = Path(model_path(model.name_or_path, model.section))
     found = hashlib.sha256(f"{model.name_or_path}|{model.revision}|{model.dtype}".encode())
     if not path.is_dir():

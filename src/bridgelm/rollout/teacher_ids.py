@@ -1,8 +1,8 @@
-"""Which tokens a teacher is shown, and which of them it has something to say about. No torch.
+"""Maps a row of the policy to the token ids that the teacher reads, and checks that their tokenizers agree. No torch.
 
-The log-probs of two models can be compared token by token only if both mean the same by an id. The words of the
-policy's tokenizer must therefore be the teacher's, and text must be cut alike. Control tokens may differ, as between a
-base model and a chat model; the teacher is silent where one of those stands in an answer.
+The log-probs of two models can be compared token by token only if an id means the same to both. The ordinary tokens of
+the two must therefore be the same, and text must be split alike. Control tokens may differ, as between a base model and
+a chat model; the teacher gives no log-prob on one that it does not have.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ def teacher_model(config: RunConfig) -> TeacherModel:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row as the teacher sees it: its own prompt, then the row from its first own token on."""
+    """A row as the teacher reads it: the teacher's own prompt, then the row from its first own token on."""
 
     ids: np.ndarray
-    taught: np.ndarray  # tokens that it has something to say about
+    taught: np.ndarray  # mask of the tokens that it gives log-probs for
 
 
 class Reader:
-    """Turns a row of the policy into one of the teacher."""
+    """Turns a row of the policy into the row that the teacher reads."""
 
     def __init__(self, student: Chat, teacher: Chat) -> None:
         self.student, self.teacher = student, teacher
         self.known = same_tokens(student, teacher)
-        # A policy that ends otherwise than the teacher would be punished for every end.
+        # A policy with another end token than the teacher would be punished each time it ends, so this token is left
+        # out.
         self.foreign_ends = np.array(sorted((student.eos_ids | teacher.eos_ids) - {teacher.eos_id}), dtype=np.int64)
-        # What the policy's prompt opens is part of the turn that the teacher continues.
+        # A think block that the policy's prompt opens is part of the turn that the teacher continues.
         opened = student.opens_think and not teacher.opens_think
         self.opening = teacher.encode("<think>\n") if opened else np.empty(0, dtype=np.int64)
 
@@ -63,14 +64,14 @@ class Reader:
         prompt = np.concatenate([self.teacher.prompt_ids(row.problem), self.opening])
         tail, own = row.ids[first:], row.own[first:]
         known = (tail < len(self.known)) & self.known[np.minimum(tail, len(self.known) - 1)]
-        # Behind a token that it does not know, the teacher would be judging another text.
+        # After a token that it does not know, the teacher would be scoring another text.
         taught = own & np.logical_and.accumulate(known) & ~np.isin(tail, self.foreign_ends)
         ids = np.concatenate([prompt, np.where(known, tail, self.teacher.pad_id)])
         return Shown(ids, np.concatenate([np.zeros(len(prompt), dtype=bool), taught]))
 
     @staticmethod
     def placed(row: Row, shown: Shown, logps: np.ndarray) -> np.ndarray:
-        """The teacher's log-probs at the row's own places; NaN where it has nothing to say."""
+        """The teacher's log-probs at the places of the row's own tokens; NaN where it gives none."""
         out = np.full(len(row.ids), np.nan)
         first = int(np.argmax(row.own))
         behind = len(row.ids) - first
@@ -79,7 +80,8 @@ class Reader:
 
 
 def same_tokens(student: Chat, teacher: Chat) -> np.ndarray:
-    """For each id of the policy, whether the teacher means the same by it. Words must agree, control tokens may not."""
+    """For each id of the policy, whether it means the same to the teacher. Ordinary tokens must, control tokens need
+    not."""
     mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     known = np.zeros(max(mine.values()) + 1, dtype=bool)
     known[[i for token, i in mine.items() if theirs.get(token) == i]] = True
