@@ -107,6 +107,29 @@ def test_a_shadow_in_bfloat16_follows_steps_far_below_its_spacing() -> None:
     assert float(1.5 - narrow.detach().float().mean()) == pytest.approx(way, rel=0.05)
 
 
+def test_a_loaded_state_is_rounded_as_the_one_that_was_saved() -> None:
+    """A checkpoint lists what an optimizer keeps in another order; each entry still draws its own random numbers."""
+    config, gradients = OptimConfig(lr=1e-2), torch.randn(3, 8, 64, generator=generator())
+    form, ends = Form(torch.bfloat16), []
+    for reload in (False, True):
+        p, source = (torch.ones(8, 64).requires_grad_() for _ in range(2))
+        adam = optim.build("adamw", [source], config, config.lr)
+        shared: Any = optim.build("shared_moments", [p], config, config.lr, adam)
+        noise = storage.Noise(0)
+        for g in gradients:
+            source.grad = g / 2
+            adam.step()
+            shared.beside = {p: g / 2}
+            Placement(form, form).step(shared, {"x": p}, {"x": g.clone()}, noise)
+            saved = optim.tensors(shared, ["x"])
+            if reload:
+                shared.state.clear()
+                optim.load_tensors(shared, ["x"], dict(sorted(saved.items())), torch.device("cpu"))
+        ends.append([p.detach(), shared.state[p]["exp_avg"], shared.state[p]["excess"]])
+    assert all(map(torch.equal, *ends))
+    assert ends[0][2].any()
+
+
 def moved(session: Session, method: dict[str, Any], steps: int = 3, **sections: Any) -> dict[str, Tensor]:
     made = session(method, **sections)
     for _ in range(steps):

@@ -82,9 +82,10 @@ class Placement:
             p.grad = None
             squares[name] = optim.square_of_step(optimiser, p)
             p.data = self.weights.put(p.data, name, noise)
-            for key, value in sorted(state.items()):  # rounding draws in this order, in a resumed run as well
-                if _large(value):
-                    state[key] = self.moments.put(value, name, noise)
+            # In an order of their own, since each draws random numbers and a loaded state lists them in another one.
+            for key in sorted(state, reverse=True):
+                if _large(state[key]):
+                    state[key] = self.moments.put(state[key], name, noise)
         return math.sqrt(grads.total(squares))
 
 
