@@ -42,7 +42,7 @@ class Weights:
         self.frozen: dict[str, Tensor] = {}
         self.groups: dict[str, Group] = {}
         self.stale = True  # whether the live weights have to be merged again, because a group has changed
-        self._rebuilt = 0  # how often they were
+        self._rebuilt = 0  # how often they were merged after a change
         self._away = False  # whether the model has other weights than the live ones
         self._lent = False  # whether a block has given the model weights that have to be there again after inner blocks
         self._drifted = False  # whether frozen weights differ from those that the model was loaded with
