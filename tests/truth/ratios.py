@@ -130,7 +130,7 @@ def expected_gain(code: Code, outcomes: list[tuple[float, float, float]], size: 
     """Exact mean of the estimator over all groups of `size` samples; outcomes are (probability, reward, log ratio)."""
     total = 0.0
     for group in itertools.product(outcomes, repeat=size):
-        value, _ = code.cooperation.gain([np.array([o[1] for o in group])], [np.array([o[2] for o in group])])
+        value, _ = code.shadow_diagnostics.gain([np.array([o[1] for o in group])], [np.array([o[2] for o in group])])
         total += math.prod(o[0] for o in group) * value
     return total
 
@@ -146,8 +146,8 @@ def gap(code: Code) -> None:
     close(p - q, 0.169837, 5e-7, "the printed gap")
     close(0.6 * (p - q), 0.101902, 5e-7, "the printed gap under flips")
     several = [np.array([1.0, 0.0]), np.array([0.0, 1.0, 1.0])], [np.array([-0.2, 0.3]), np.array([0.1, 0.0, -0.4])]
-    value, error = code.cooperation.gain(*several)
-    single = [code.cooperation.gain([r], [log])[0] for r, log in zip(*several)]
+    value, error = code.shadow_diagnostics.gain(*several)
+    single = [code.shadow_diagnostics.gain([r], [log])[0] for r, log in zip(*several)]
     close((value, error), (np.mean(single), abs(single[0] - single[1]) / 2), 1e-15, "mean and error over two groups")
 
 
@@ -235,7 +235,7 @@ def diagnosed(code: Code, wanted: float) -> None:
     assert len(answers) == 400
     rows = [row(a, list(np.log(token_probs(JOINT_2, a))), REWARD_2[a]) for a in answers]
     shadow = {i: np.array([0.0, *np.log(token_probs(SHADOW_2, a))]) for i, a in enumerate(answers)}
-    found = code.cooperation.diagnose(rows, shadow, 0.8, 1.2)
+    found = code.shadow_diagnostics.diagnose(rows, shadow, 0.8, 1.2)
     rho = np.array([prob(SHADOW_2, a) / prob(JOINT_2, a) for a in ANSWERS])
     p = np.array([prob(JOINT_2, a) for a in ANSWERS])
     tokens = np.array([token_probs(SHADOW_2, a) / token_probs(JOINT_2, a) for a in ANSWERS])

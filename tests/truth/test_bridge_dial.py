@@ -476,7 +476,7 @@ MUTANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 def mutant(name: str) -> ModuleType:
     module = mutate(dial_module, MUTANTS[name][1], name)
     if name == "own_adam":
-        swap = ('kind="shared_moments" if adam else "sgd", moments_of="theta" if adam else None', 'kind="adamw"')
+        swap = ("kind=kind, moments_of=source", 'kind="adamw"')
         module.shadow_setup = mutate(shadow_module, (swap,), name).shadow_setup  # type: ignore[attr-defined]
     return module
 

@@ -485,7 +485,7 @@ OF_SHADOW = {
     "taper_ignored": ('if o.ratio == "taper":', "if False:"),
     "beta_ignored": ('policy.optimiser("w", lr=o.beta)', 'policy.optimiser("w")'),
     "own_adam_for_the_shadow": (
-        'kind="shared_moments" if adam else "sgd", moments_of="theta" if adam else None',
+        "kind=kind, moments_of=source",
         'kind="adamw"',
     ),
 }

@@ -1,47 +1,64 @@
-"""Each wrong version of the code is seen, by the check that it should be seen by."""
+"""Wrong versions of BRIDGE and of what it is made of: each is seen by the check that is named for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from checks import Code
-from exact import Quadratic, bridge_walk
-from mutants import MUTANTS, failure, mutate, where_it_ends
+from checks import CHECKS, Code
+from mutation import Mutant, mutants
+from ratios import RATIO_CHECKS
+
+from bridgelm.methods import bridge, bridge_controls, shadow
+from bridgelm.objective import losses, shadow_diagnostics
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_seen(name: str) -> None:
-    mutant = MUTANTS[name]
-    code = mutant.code(name)
-    said = failure(mutant.caught_by, code)
-    assert said is not None, f"{name} passes {mutant.caught_by}"
-    if mutant.ends:
-        for found, wanted in zip(where_it_ends(code), mutant.ends):
-            assert wanted is None or found == pytest.approx(wanted, abs=1e-9), said
+def check(name: str) -> Callable[[], None]:
+    return lambda: (CHECKS | RATIO_CHECKS)[name](Code())
 
 
-def test_shadow_descent_diverges_when_it_should() -> None:
-    """A pole of the descending shadow: past 1e12 at step 166 of test A."""
-    code = MUTANTS["shadow_descends"].code("shadow_descends")
-    path = bridge_walk(code.bridge, Quadratic(), 0.5, 400, limit=1e12)
-    assert len(path.points) - 1 == 166
-    assert len(bridge_walk(Code().bridge, Quadratic(), 0.5, 400, limit=1e12).points) - 1 == 400
+MUTANTS = mutants(
+    bridge,
+    # (1), (2) and (3)
+    Mutant("sign", "Bridge.update", 1, by=check("trace")),  # the shadow's part added
+    Mutant("term", "Bridge.update", 3, by=check("fixed_points")),  # lambda for 1 - lambda, in (1)
+    Mutant("term", "Bridge.update", 5, by=check("fixed_points")),  # and in (3)
+    Mutant("drop", "Bridge.update", 20, by=check("trace")),  # without (2)
+    Mutant("drop", "Bridge.update", 24, by=check("trace")),  # without (3)
+    Mutant("snapshot", "Bridge.at_shadow", by=check("order")),  # the shadow's gradient at theta
+    Mutant("sign", "Bridge.lam", by=check("every_option_of_the_step")),
+    Mutant("drop", "shadow_setup", 12, by=check("every_option_of_the_step"), of=shadow),  # w at theta's rate
+    # re-sync and rest
+    Mutant("late", "Bridge.update", 10, by=check("every_option_of_the_step")),  # to the new theta
+    Mutant("late", "Bridge.update", 13, by=check("resync")),  # after the gradient at the shadow
+    Mutant("drop", "Bridge.update", 15, by=check("resync")),  # without the step
+    Mutant("mask", "Bridge.update", 1, by=check("every_option_of_the_step")),  # stepped twice
+    Mutant("compare", "Bridge.resyncs", 2, by=check("every_option_of_the_step")),
+    Mutant("branch", "gradient_or_last", 3, by=check("resting_shadow"), of=shadow),  # never rests
+    # warnings
+    Mutant("branch", "Bridge.update", 10, by=check("vanished_warning")),  # never counted anew
+    Mutant("clip", "vanishes", 0, by=check("vanished_warning")),
+    Mutant("mask", "is_still", 0, by=check("still_shadow_warning"), of=shadow),
+    Mutant("mask", "is_still", 1, by=check("still_shadow_warning"), of=shadow),
+    Mutant("compare", "has_left", 1, by=check("ess_warning"), of=shadow),
+    # ratios and the gain
+    Mutant("clip", "pg_truncate", 0, by=check("one_token"), of=losses),
+    Mutant("detach", "pg_truncate", by=check("one_token"), of=losses),
+    Mutant("swap", "pg_truncate", by=check("one_token"), of=losses),
+    Mutant("compare", "pg_taper", 1, by=check("one_token"), of=losses),
+    Mutant("clip", "pg_taper", 0, by=check("one_token"), of=losses),
+    Mutant("swap", "gain", 0, by=check("gap"), of=shadow_diagnostics),
+    Mutant("instead", "gain", "leave_one_out", to="centre", by=check("gap"), of=shadow_diagnostics),
+    Mutant("swap", "diagnose", 0, by=check("two_tokens"), of=shadow_diagnostics),
+    # controls
+    Mutant("branch", "Third.without_shadow", 0, by=check("controls_path"), of=bridge_controls),
+    Mutant("branch", "Third.without_shadow", 1, by=check("controls_path"), of=bridge_controls),
+    Mutant("branch", "shadow_setup", 0, by=check("controls_cost"), of=shadow),
+    Mutant("branch", "shadow_setup", 2, by=check("controls_cost"), of=shadow),
+    Mutant("mask", "sample_shadow", 2, by=check("shadow_reward"), of=shadow),
+)
 
 
-def test_no_third_term_tends_to_d_over_c() -> None:
-    code = MUTANTS["no_third_term"].code("no_third_term")
-    for lam in (0.9, 0.99):
-        end = bridge_walk(code.bridge, Quadratic(), lam, 1500, lr=0.3, settle=1e-14).end
-        rest = 1 - lam  # (1 - l)(-w) + l (2 (1 - l)(3 - 2 w) - w + 1/2) = 0, which tends to w = 1/2 = d / c
-        assert end[2] == pytest.approx((6 * lam * rest + 0.5 * lam) / (rest + 4 * lam * rest + lam), abs=1e-9)
-
-
-def test_an_empty_mutation_is_the_shipped_code() -> None:
-    """The machinery itself changes nothing: without replacements every check passes."""
-    copy = mutate(Code().bridge, ())
-    for name in ("trace", "order", "vanished_warning", "one_token"):
-        assert failure(name, Code(bridge=copy)) is None
-
-
-def test_a_text_that_is_gone_is_reported() -> None:
-    with pytest.raises(AssertionError, match="found 0 times"):
-        mutate(Code().bridge, (("this text is nowhere", ""),))
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutants import GAIN, mutate
+from mutation import Mutant, mutants
 from torch import Tensor
 from transformer import bridge_method, build_policy, make_batch, make_rows, wide_norm
 
@@ -18,7 +18,6 @@ from bridgelm.model.policy import Policy
 
 Weights = dict[str, dict[str, Tensor]]
 LR, BETA, LAM = 0.05, 0.02, 0.3
-KL = "{OF_SHADOW[name]: c for name, c in rl_coef(self.options.rl).items()}"
 
 
 @pytest.fixture(autouse=True)
@@ -140,22 +139,16 @@ def test_one_update_is_the_three_equations(name: str) -> None:
     assert off_by(copy_of(policy), expected(options, resync)) < 1e-12
 
 
-WRONG = {
-    "w from the moved theta": (
-        (GAIN, "rl = policy.grad(self.terms, batch, rl_coef(self.options.rl))\n        " + GAIN),
-    ),
-    "w from the moved shadow": (
-        (GAIN, 'shadow = policy.grad(self.shadow_terms, batch, self.shadow_coef(), at="shadow")\n        ' + GAIN),
-    ),
-    "shadow's gradient at theta": (('self.shadow_coef(), at="shadow")', "self.shadow_coef())"),),
-    "no KL at the shadow": ((KL, KL[:-1] + ' if name == "pg"}'),),
-}
+MUTANTS = mutants(
+    bridge_module,
+    Mutant("snapshot", "Bridge.at_shadow", by=lambda: test_one_update_is_the_three_equations("full")),
+    Mutant("late", "Bridge.update", 13, by=lambda: test_one_update_is_the_three_equations("re-sync")),
+)
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_orders_are_seen(wrong: str) -> None:
-    policy, _, _, _, _ = one_update(mutate(bridge_module, WRONG[wrong]))
-    assert off_by(copy_of(policy), expected({}, False)) > 1e-6
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_seen(mutant: Mutant) -> None:
+    mutant.check()
 
 
 def test_diagnostics_of_a_real_update() -> None:
