@@ -29,7 +29,7 @@ from bridgelm.methods import guide as module
 from bridgelm.methods.guide import Guide
 from bridgelm.model import batching
 from bridgelm.model.policy import Grads, Policy
-from bridgelm.objective import losses
+from bridgelm.objective import credit, losses
 from bridgelm.types import Live, Row, Verdict
 
 pytestmark = pytest.mark.usefixtures("wide_norms")
@@ -485,7 +485,7 @@ MUTANTS = mutants(
     Mutant("swap", "Guide.credited", "reward 1", by=test_lead_is_unbiased),
     Mutant("mask", "Guide.credited", "finished 1", by=test_one_real_update),  # overlong rows lead
     Mutant("swap", "one_denominator", 0, by=test_equations),
-    Mutant("branch", "mean_rewards", 0, by=test_gain_over_problems),  # failed grades count
+    Mutant("branch", "mean_rewards", 0, by=test_gain_over_problems, of=credit),  # failed grades count
     Mutant("compare", "Guide.share", "warmup 0", by=test_annealing),  # a step longer
     Mutant("clip", "pg_truncate", 0, by=test_equations, of=losses),  # no cap
 )

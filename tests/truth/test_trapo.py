@@ -21,6 +21,7 @@ from bridgelm.errors import UserError
 from bridgelm.methods import trapo
 from bridgelm.methods.sft import Sft
 from bridgelm.model import batching
+from bridgelm.objective import credit, losses
 from bridgelm.types import Demo, Live, Problem, Row, Verdict
 
 EXPERT = np.array([0.45, 0.25, 0.15, 0.08, 0.05, 0.02])
@@ -310,10 +311,10 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 MUTANTS = mutants(
     trapo,
-    Mutant("clip", "trust", "max 0", by=test_fixed_points),  # no cap on p / alpha
-    Mutant("detach", "trust", by=test_limits_of_alpha),
+    Mutant("clip", "prob_weight", "clamp 0", by=test_fixed_points, of=losses),  # no cap on p / alpha
+    Mutant("detach", "prob_weight", by=test_limits_of_alpha, of=losses),
     Mutant("compare", "Trapo.gather", "get 0", by=test_table_of_micro_groups),  # help at the threshold, too
-    Mutant("branch", "mean_rewards", 0, by=test_prompts_apart),  # what was not graded counts
+    Mutant("branch", "mean_rewards", 0, by=test_prompts_apart, of=credit),  # what was not graded counts
     Mutant("term", "Trapo.micro_group", 1, by=test_second_trace),  # the first demonstration again
     Mutant("mask", "charged", 2, by=test_credit_of_a_row),  # each row pays for a shared prefix
     Mutant("denominator", "Trapo.credited", "nll", "token", by=test_credit_of_a_row),
