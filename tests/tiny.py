@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from bridgelm.testing.bench import exact_norms, open_session
+
+__all__ = ["exact_norms", "open_session"]
+
 WORDS = [*(str(i) for i in range(20)), "+", "=", ";", "sum"]
 TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
             "<bot> {{ m['content'] }} <eos> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}")
@@ -87,43 +91,3 @@ def raw_config(folder: Path, method: dict[str, Any], model: Path | None = None, 
            "optim": {"lr": 1e-2}, "batch": {"demos": 6, "micro_tokens": 64},
            "eval": {"every": 2, "problems": 8}, "log": {"samples": 2, "samples_every": 2}}
     return {**raw, **changes}
-
-
-def exact_norms(model: Any) -> Any:
-    """Hugging Face's RMS norms compute in float32 whatever the model's dtype; these compute in the input's own."""
-    def patch(module: Any) -> None:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        shift = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (shift + module.weight)
-        module.forward = forward
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            patch(module)
-    return model
-
-
-def open_session(config: Any, exact: bool = True) -> Any:
-    """What `bridgelm train` builds before its first step, in a new run folder."""
-    from bridgelm.data.chat import load_chat
-    from bridgelm.data.cursors import Data, check_lengths, load_splits
-    from bridgelm.methods import METHODS
-    from bridgelm.runs.folder import RunFolder
-    from bridgelm.runs.progress import Progress
-    from bridgelm.training import loop
-    from bridgelm.verify import build_verifier
-
-    chat = load_chat(config.model)
-    data = Data(check_lengths(load_splits(config), chat, config), config.seed)
-    method = METHODS[config.method.name](config.method, config)
-    loop.check_needs(method, data)
-    folder = RunFolder.create(Path(config.out) / config.name, config)
-    session = loop._session(config, data, chat, method, build_verifier(config.reward), folder,
-                                Progress(config.name, config.steps, quiet=True))
-    if exact:
-        exact_norms(session.policy.model)
-        if session.roll.teacher is not None:
-            exact_norms(session.roll.teacher.model)
-    return session

@@ -2,8 +2,8 @@
 
 Every rank reads the same data, draws the same random numbers and runs the whole method. Only the expensive work is
 divided among the ranks, and its results are exchanged, so that every rank has all of them. A method therefore sees what
-it would see in a run of one process, and counts need not be summed over ranks. If weights are sharded (`sharding.py`), sums
-over their elements are summed over ranks (`total`). All collectives are in this file, except those of torch's FSDP,
+it would see in a run of one process, and counts need not be summed over ranks. If weights are sharded, sums over their
+elements are summed over ranks (`total`). All collectives are in this file, except those of torch's FSDP,
 which run in blocks of `moving_parts`. Before each collective the ranks meet: they check that all are at the same one,
 and learn if one of them has failed, so that no rank waits for one that will not come.
 """

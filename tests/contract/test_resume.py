@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from bridgelm.config.run_config import make_config
 from bridgelm.model.policy import Policy
 from bridgelm.rollout.roller import Roller
 from bridgelm.runs import folder as metrics
+from bridgelm.testing.bench import bits, stopping
 from bridgelm.training import checkpoint, loop
 
 from .variants import BESIDE, METHOD, READINGS, VARIANTS, sections
@@ -46,25 +46,6 @@ def config_of(raw: Make, name: str, folder: Path, **changes: Any) -> Any:
     return make_config(raw(method, folder=folder, **merged))
 
 
-def without_time(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "seconds" and not key.startswith("time/")}
-
-
-def bits(run: Path) -> dict[str, Any]:
-    """Everything that a run leaves, to the bit, but for clocks."""
-    newest = checkpoint.newest(run)
-    assert newest is not None
-    state = json.loads((newest / checkpoint.STATE).read_text())
-    state["ledger"].pop("seconds")
-    events = [without_time(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    result = without_time(json.loads((run / "result.json").read_text()))
-    return {"checkpoint": newest.name, "state": state, "tensors": (newest / checkpoint.TENSORS).read_bytes(),
-            "metrics": [json.dumps(event) for event in events], "samples": (run / "samples.jsonl").read_text()
-            if (run / "samples.jsonl").exists() else None, "result": result,
-            "final": (run / "final" / "model.safetensors").read_bytes(),
-            "best": (run / "best" / "model.safetensors").read_bytes()}
-
-
 def assert_same_bits(run: Path, whole: dict[str, Any]) -> None:
     found = bits(run)
     for key, value in whole.items():
@@ -77,19 +58,6 @@ def go_on(run: Path) -> None:
 
 def metrics_config(run: Path) -> Any:
     return make_config(metrics.read_json(run / "config.json") or {})
-
-
-@contextmanager
-def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ctrl-C during every step."""
-    take_step = loop.take_step
-
-    def step(session: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return take_step(session)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", step)
-        yield
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -151,7 +119,7 @@ def test_the_same_bits_again_and_after_interruptions(name: str, raw: Make, tmp_p
         loop.train(configs["again"], quiet=True)
         assert_same_bits(runs["again"], whole)
 
-    with stopping(monkeypatch):  # stopped in every step, saved after it, gone on from there
+    with stopping():  # stopped in every step, saved after it, gone on from there
         for step in range(1, STEPS):
             go = (lambda: loop.train(configs["stopped"], quiet=True)) if step == 1 else (
                 lambda: go_on(runs["stopped"]))

@@ -39,7 +39,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # The rooms of the package. A module imports from its own room and from those above it. README's tree and the table of
 # docs/data-flow.md are written from this list and from the first sentence of each room's `__init__`.
 ROOMS = ["", "config", "data", "verify", "engine", "objective", "model", "runs", "rollout", "methods", "analysis",
-         "training", "benchmarks", "reports", "comparisons", "diagnosis", "planning", "cli"]
+         "training", "benchmarks", "reports", "comparisons", "diagnosis", "planning", "cli", "testing"]
 FRONT = {"__init__", "__main__"}  # the front door reaches everything, lazily
 TORCH_FREE = ["config.run_config", "config.catalogue", "data.chat", "data.cursors", "data.toy", "runs.preflight",
               "runs.reader", "verify.math.judge", "cli.main", "cli.data"]

@@ -27,6 +27,7 @@ from bridgelm.analysis.stats import (
     paired_bootstrap,
     paired_difference,
 )
+from bridgelm.config import plugins
 from bridgelm.config.run_config import RunConfig
 from bridgelm.errors import UserError
 from bridgelm.runs.reader import Run
@@ -175,7 +176,7 @@ def _label(members: Sequence[Run]) -> str:
     if len(stems) == 1:
         return stems.pop()
     options = members[0].config.get("method", {})
-    stages = [stage["method"]["name"] for stage in options.get("stages", [])]
+    stages = [plugins.short(stage["method"]["name"]) for stage in options.get("stages", [])]
     return " then ".join(stages) if stages else members[0].method
 
 

@@ -58,8 +58,8 @@ def _add_training(commands: Any) -> None:
     _takes_overrides(train)
     train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, exactly where it stopped")
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
-                       help="with --resume: go on although this is not what the run was made of (config, data, reward, "
-                       "tokenizer, model or teacher); may be given several times")
+                       help="with --resume: go on although this is not what the run was made of (config, data, code, "
+                       "reward, tokenizer, model or teacher); may be given several times")
     train.add_argument("--quiet", action="store_true", help="no progress display")
 
     compare = _command(commands, "compare", run_compare, "train what is missing of several methods, and compare them")

@@ -17,7 +17,7 @@ from bridgelm.analysis.arms import table as arms_table
 from bridgelm.analysis.comparison import Comparison, analyse, disagreement
 from bridgelm.comparisons.everything import ALL, everything, with_layout
 from bridgelm.comparisons.runs import RunProcess, train_all
-from bridgelm.config import catalogue
+from bridgelm.config import catalogue, plugins
 from bridgelm.config.options.teachers import TeacherConfig
 from bridgelm.config.run_config import RunConfig, load_config, make_config, one_folder, variant_names
 from bridgelm.config.variants import KEY
@@ -93,7 +93,7 @@ def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Seque
         methods = [item for item in methods if item != ALL and item not in configs]
     for item in methods:
         is_file = item.endswith((".toml", ".json"))
-        name = Path(item).stem if is_file else item
+        name = Path(item).stem if is_file else plugins.short(item)
         if name == label and not is_file:
             continue
         found, note = _find(item, own, file, overrides)
@@ -118,9 +118,11 @@ def _find(item: str, own: RunConfig, file: Path | None, overrides: Sequence[str]
     if item.endswith((".toml", ".json")):
         return load_config(item, overrides), None
     try:
-        one_folder(item)
+        one_folder(plugins.short(item))
     except ValueError as error:
         raise UserError(f"--methods: {error}; a recipe elsewhere is named by its path, with its ending") from None
+    if ":" in item:
+        return _rival(own, item, "--methods")
     if file is not None and item in variant_names(file):
         return load_config(file, [f"{KEY}={item}", *overrides]), None
     sibling = file.with_name(f"{item}.toml") if file is not None else None
@@ -129,7 +131,11 @@ def _find(item: str, own: RunConfig, file: Path | None, overrides: Sequence[str]
     if item == own.method.name:
         return own, None
     place = f"no recipe {sibling} and " if sibling else ""
-    found, note = rival(own, item, f"--methods: {place}as a method {item!r}")
+    return _rival(own, item, f"--methods: {place}as a method {item!r}")
+
+
+def _rival(own: RunConfig, item: str, where: str) -> tuple[RunConfig, str | None]:
+    found, note = rival(own, item, where)
     asks = catalogue.needs_of(found.method) & {"teacher", "behaviour"}
     if asks and found.teacher is None and found.data.train.startswith("toy:"):  # the embedded task has one of its own
         found = found.model_copy(update={"teacher": TeacherConfig(name_or_path="toy:teacher")})

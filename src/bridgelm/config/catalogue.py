@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import io
 import sys
 import tokenize
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from bridgelm.config import options
+from bridgelm.config import options, plugins
 from bridgelm.config.options import parts
 from bridgelm.config.run_config import RunConfig, stage_steps
 from bridgelm.errors import UserError
@@ -39,11 +40,18 @@ def option_classes() -> dict[str, type[BaseModel]]:
 
 def find(name: str) -> type[BaseModel]:
     known = option_classes()
+    if is_own(name):
+        return plugins.option_class(name)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
         raise UserError(f"{name!r} is not a method; {hint}")
     return known[name]
+
+
+def is_own(name: str) -> bool:
+    """Whether it is a method of the user; its class is then imported and asked."""
+    return name not in option_classes() and plugins.is_own("method", name)
 
 
 @cache
@@ -53,11 +61,16 @@ def _module(name: str) -> ast.Module:
 
 
 def docstring(name: str) -> str:
+    if is_own(name):
+        cls = plugins.load_method(name)
+        return inspect.cleandoc(cls.__doc__ or sys.modules[cls.__module__].__doc__ or "")
     return ast.get_docstring(_module(name)) or ""
 
 
 def needs(name: str) -> frozenset[str]:
     """The method's own `needs`, read from its class without importing it."""
+    if is_own(name):
+        return plugins.load_method(name).needs
     for node in ast.walk(_module(name)):
         if not isinstance(node, ast.AnnAssign | ast.Assign) or node.value is None:
             continue
@@ -69,6 +82,8 @@ def needs(name: str) -> frozenset[str]:
 
 def form(name: str) -> dict[str, str]:
     """The method's `form` (methods/base.py), read from its class without importing it."""
+    if is_own(name):
+        return asdict(plugins.load_method(name).form)
     calls = (node.value for node in ast.walk(_module(name)) if isinstance(node, ast.Assign)
              and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "form")
     return {str(k.arg): ast.literal_eval(k.value) for call in calls if isinstance(call, ast.Call)
@@ -77,6 +92,8 @@ def form(name: str) -> dict[str, str]:
 
 def tier(name: str) -> str:
     """checked, derived or experimental (methods/base.py)."""
+    if is_own(name):
+        return plugins.load_method(name).tier
     return next((ast.literal_eval(node.value) for node in ast.walk(_module(name)) if isinstance(node, ast.Assign)
                  and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "tier"), "")
 
@@ -115,17 +132,23 @@ def _remarks(model: type[BaseModel]) -> dict[str, str]:
     """The comment behind each field, those of the classes above included."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
-        if not cls.__module__.startswith(options.__name__):
+        if not issubclass(cls, options.Strict):
             continue
         path = str(sys.modules[cls.__module__].__file__)
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-        bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
-        for node in (node for body in bodies for node in body):
+        for node in _body(path, cls.__qualname__):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
                 said = _comments(path)
                 found[node.target.id] = " ".join(said[line] for line in lines if line in said)
     return found
+
+
+def _body(path: str, qualname: str) -> list[ast.stmt]:
+    """Of a class in a file, which may stand inside another one."""
+    body: list[ast.stmt] = ast.parse(Path(path).read_text(encoding="utf-8")).body
+    for name in qualname.split("."):
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == name), [])
+    return body
 
 
 def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
@@ -162,7 +185,7 @@ def option_rows(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
         if inner is not None:
             yield from option_rows(inner, f"{key}[]." if many else f"{key}.")
             continue
-        remark = _remarks(model).get(name, "")
+        remark = info.description or _remarks(model).get(name, "")
         choices = _choices(info.annotation)
         default = "required" if info.is_required() else _show(info.get_default(call_default_factory=True))
         yield Option(key, default, "; ".join(part for part in (" | ".join(choices), remark) if part))
@@ -198,12 +221,14 @@ def summary(name: str) -> str:
 
 
 def overview() -> str:
-    """The table of `bridgelm methods`."""
+    """The table of `bridgelm methods`, with those of installed packages."""
     wide = max(map(len, option_classes()))
     lines = []
     for name in option_classes():
         wanted = ", ".join(sorted(needs(name)))
         lines.append(f"{name:<{wide}}  {tier(name):<12}  {summary(name)}" + (f" [needs {wanted}]" if wanted else ""))
+    lines += [f"{name:<{wide}}  {'installed':<12}  {entry.value}" for name, entry in plugins.installed("method").items()
+              if name not in option_classes()]
     return "\n".join(lines)
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from bridgelm.config.options import MethodOptions, Rate, SequenceOptions, Share, Strict, parts
+from bridgelm.config import plugins
+from bridgelm.config.options import CHOSEN, MethodOptions, Rate, SequenceOptions, Share, Strict, parts
 from bridgelm.config.options.optim import OptimConfig
 from bridgelm.config.options.reward import RewardConfig
 from bridgelm.config.options.rollout import RolloutConfig
@@ -126,7 +127,7 @@ class RunConfig(Strict):
     shard: bool = False  # several processes: each holds a part of all weights, copies and optimiser states
     model: ModelConfig
     data: DataConfig
-    method: Annotated[MethodOptions, Field(discriminator="name")]
+    method: Annotated[MethodOptions, *CHOSEN]
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
@@ -142,7 +143,8 @@ class RunConfig(Strict):
             raise ValueError("reward.verifier is 'none' and reward.functions is empty: nothing would score an answer")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
             raise ValueError("reward.weights needs one number for each of reward.functions")
-        if self.data.train.startswith("toy:") != (self.reward.verifier == "toy"):
+        if self.data.train.startswith("toy:") != (self.reward.verifier == "toy") and not plugins.is_own(
+                "verifier", self.reward.verifier):
             raise ValueError("reward.verifier = 'toy' and data.train = 'toy:...' go together")
         if self.optim.kind == "adamw8bit" and self.model.dtype == "float64":
             raise ValueError("optim.kind = 'adamw8bit' has no float64; set model.dtype to float32 or bfloat16")
@@ -193,7 +195,19 @@ def absolute(config: RunConfig) -> RunConfig:
             data[key] = full(data[key])
     entries = [entry.rpartition(":") for entry in reward["functions"]]
     reward["functions"] = [f"{full(file)}:{name}" for file, _, name in entries]
+    reward["verifier"] = plugins.full(reward["verifier"])
+    raw["rollout"]["engine"] = plugins.full(raw["rollout"]["engine"])
+    for method in tables(raw["method"]):
+        method["name"] = plugins.full(method["name"])
     return RunConfig.model_validate(raw)
+
+
+def tables(method: dict[str, Any]) -> typing.Iterator[dict[str, Any]]:
+    """The table of a method, and those of its stages or of the method that it is wrapped round."""
+    yield method
+    for inner in [*(stage["method"] for stage in method.get("stages", [])), method.get("method")]:
+        if isinstance(inner, dict) and "name" in inner:
+            yield from tables(inner)
 
 
 def stage_steps(options: SequenceOptions, total: int) -> list[int]:
@@ -214,7 +228,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     raw.setdefault("name", path.stem)
     raw, overrides = with_variants(raw, overrides, str(path))
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     return make_config(raw, str(path))
 
 
@@ -247,7 +261,7 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
         raise UserError(f"{where}: {_explain(error)}") from None
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def override(raw: dict[str, Any], item: str) -> None:
     key, sign, value = item.partition("=")
     if not sign:
         raise UserError(f"override {item!r}: write it as section.key=value")
@@ -285,7 +299,8 @@ def _explain(error: ValidationError) -> str:
         return f"{dotted!r} is missing"
     if first["type"] == "union_tag_invalid":
         context = first.get("ctx", {})
-        return f"method.name: {context.get('tag')!r} is not a method; one of {context.get('expected_tags')}"
+        return f"method.name: {context.get('tag')!r} is not a method; one of {context.get('expected_tags')}, or " \
+               "your own as path/to/file.py:Class"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] in {"value_error", "union_tag_not_found"} else f" (got {first['input']!r})"
     return f"{dotted + ': ' if dotted else ''}{message}{value}"

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from bridgelm.analysis.comparison import MethodRuns, group
 from bridgelm.analysis.stats import Estimate, mean_interval
-from bridgelm.config import catalogue
+from bridgelm.config import catalogue, plugins
 from bridgelm.config.options import SequenceOptions, samples
 from bridgelm.config.run_config import make_config, stage_steps
 from bridgelm.runs.folder import read_lines
@@ -66,9 +66,9 @@ class History:
     def stages(self) -> list[StageSpan]:
         config = make_config(self.run.config, str(self.run.path))
         if not isinstance(config.method, SequenceOptions):
-            return [StageSpan(config.method.name, 0, config.steps, kind(config.method))]
+            return [StageSpan(plugins.short(config.method.name), 0, config.steps, kind(config.method))]
         ends = list(itertools.accumulate(stage_steps(config.method, config.steps)))
-        return [StageSpan(stage.method.name, start, end, kind(stage.method))
+        return [StageSpan(plugins.short(stage.method.name), start, end, kind(stage.method))
                 for stage, start, end in zip(config.method.stages, [0, *ends], ends)]
 
     @cached_property

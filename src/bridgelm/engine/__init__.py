@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridgelm import dist
+from bridgelm.config import plugins
 from bridgelm.engine.base import Caller, Engine, Lost, Origin, Request, Sampling
 from bridgelm.engine.native import NativeEngine
 
@@ -28,6 +29,8 @@ def open_engine(config: RunConfig, chat: Chat, exchange: Path, caller: Caller) -
 def _open(config: RunConfig, chat: Chat, exchange: Path, caller: Caller) -> Engine:
     if config.rollout.engine == "native":
         return NativeEngine(chat.eos_ids, chat.pad_id, chat.text, config.rollout.max_rows)
+    if plugins.is_own("engine", config.rollout.engine):
+        return plugins.load("engine", config.rollout.engine)(config, chat)
     from bridgelm.engine.vllm import InProcess, VllmEngine
     from bridgelm.engine.vllm_server import Server
 

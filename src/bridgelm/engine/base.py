@@ -57,7 +57,10 @@ Done = Callable[[int, np.ndarray], None]  # the number of a request, and the ids
 
 
 class Engine(Protocol):
-    exact: bool  # whether its log-probs are those of the trainer
+    """What draws answers. An engine of your own derives from it, is made as `Class(config, chat)`, and needs no more
+    than `generate`."""
+
+    exact: bool = False  # whether its log-probs are those of the trainer
 
     def generate(self, origin: Origin, requests: Sequence[Request], sampling: Sampling, ledger: Ledger | None = None,
                  done: Done | None = None) -> list[Completion]:
@@ -69,13 +72,14 @@ class Engine(Protocol):
               sampling: Sampling) -> Callable[[], list[Completion]]:
         """Starts to draw with the weights as they are now, and returns a function that waits for the completions. An
         engine with a device of its own works in the meantime."""
-        ...
+        completions = self.generate(origin, requests, sampling)
+        return lambda: completions
 
     def sleep(self) -> None:
         """Frees the memory of the device for the trainer; the next request wakes the engine."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """At the end of the run."""
 
 
 def spent(requests: Sequence[Request], completions: Sequence[Completion]) -> int:

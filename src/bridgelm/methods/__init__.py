@@ -1,5 +1,9 @@
 """The training methods, one file each, and the registry that names them."""
 
+from typing import Any
+
+from bridgelm.config import plugins
+from bridgelm.config.run_config import RunConfig
 from bridgelm.methods.alternate import Alternate
 from bridgelm.methods.amft import Amft
 from bridgelm.methods.barrier import Barrier
@@ -75,4 +79,12 @@ METHODS: dict[str, type[Method]] = {
     "gift": Gift,
 }
 
-__all__ = ["METHODS", "Method"]
+
+
+def build(options: Any, run: RunConfig) -> Method:
+    """The method that options belong to: one of ours, or one's own (docs/own-method.md)."""
+    cls = METHODS.get(options.name) or plugins.load_method(options.name)
+    return cls(options, run)
+
+
+__all__ = ["METHODS", "Method", "build"]

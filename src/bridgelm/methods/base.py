@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bridgelm.config.options import PolicyGradient
+from bridgelm.config import plugins
+from bridgelm.config.options import PolicyGradient, Strict
 from bridgelm.config.run_config import RunConfig
 from bridgelm.data.cursors import Data, with_teacher
 from bridgelm.errors import UserError
@@ -63,8 +64,10 @@ Tier = Literal["checked", "derived", "experimental"]
 class Method(ABC):
     """Abstract; every subclass is final. Methods share functions, never a parent's code."""
 
-    tier: ClassVar[Tier]
-    form: ClassVar[Form]
+    Options: ClassVar[type[Strict]] = Strict  # of a method of one's own; those of ours are in config/options
+    tier: ClassVar[Tier] = "experimental"
+    form: ClassVar[Form] = Form(data="its own", demo="its own", rollout="its own", controller="its own",
+                                models="its own")
     needs: ClassVar[frozenset[str]] = frozenset()
     gradients: ClassVar[Gradients] = Gradients(1, 1, 1)
 
@@ -73,7 +76,7 @@ class Method(ABC):
 
     @property
     def phase(self) -> str:
-        return self.options.name
+        return plugins.short(self.options.name)
 
     def starts(self) -> list[int]:
         """The steps (counted from 0) before which something new begins: the run, and each later stage."""

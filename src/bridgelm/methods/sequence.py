@@ -36,7 +36,7 @@ class Sequence(Method):
         self.needs = frozenset().union(*(stage.needs for stage in self.stages))  # type: ignore[misc]
 
     def _build(self, index: int) -> Method:
-        from bridgelm.methods import METHODS  # this file is in it
+        from bridgelm.methods import build  # this file is in it
 
         stage = self.options.stages[index]
         own = {"lr": stage.lr, "schedule": stage.schedule,
@@ -44,7 +44,7 @@ class Sequence(Method):
         changes: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
         run = self.run.model_copy(update={"steps": self.lengths[index],
                                           "optim": self.run.optim.model_copy(update=changes)})
-        return METHODS[stage.method.name](stage.method, run)
+        return build(stage.method, run)
 
     @property
     def stage(self) -> Method:

@@ -42,10 +42,10 @@ class ShuffleR1(Method):
                 controller="best with worst; pairs drawn by |A|", models="the wrapped method's")
 
     def __init__(self, options: Any, run: RunConfig) -> None:
-        from bridgelm.methods import METHODS  # this file is in it
+        from bridgelm.methods import build  # this file is in it
 
         super().__init__(options, run)
-        self.inner = METHODS[options.method.name](options.method, run)
+        self.inner = build(options.method, run)
         self.needs = self.inner.needs  # type: ignore[misc]
         self.measured: Metrics = {}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bridgelm.config.run_config import ModelConfig, RunConfig, SequenceOptions
 from bridgelm.data.model_shapes import model_config
 from bridgelm.ledger import Ledger
-from bridgelm.methods import METHODS
+from bridgelm.methods import build
 from bridgelm.methods.base import Gradients
 from bridgelm.model.groups import Group, trainable
 from bridgelm.model.loading import prepared
@@ -109,7 +109,7 @@ def memory(config: RunConfig, gpus: int = 1, work: Work | None = None) -> Need:
     policy = Policy(model, optim, ledger, config.batch.micro_tokens, config.seed,
                     lora if config.model.lora_rank else None,
                     partial(OnPaper, ranks=gpus) if config.shard and gpus > 1 else Whole)
-    method = METHODS[config.method.name](config.method, config)
+    method = build(config.method, config)
     method.setup(policy)
     work = work or at_most(config, packs(model))
     with policy.at("live"):

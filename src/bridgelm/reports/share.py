@@ -13,6 +13,7 @@ from typing import Any
 
 from bridgelm.analysis.stats import Estimate, mean_interval
 from bridgelm.benchmarks.scores import headline
+from bridgelm.config.run_config import tables
 from bridgelm.errors import UserError
 from bridgelm.reports.text import Table, interval, markdown_table
 from bridgelm.runs.folder import read_json, write_json
@@ -83,8 +84,18 @@ def _settings(run: Run) -> dict[str, Any]:
                 model["chat_template"] = _content(model["chat_template"], started)
     functions = (entry.rpartition(":") for entry in config["reward"]["functions"])
     config["reward"]["functions"] = [f"{_content(file, started)}:{name}" for file, _, name in functions]
+    for method in tables(config["method"]):
+        method["name"] = _own(method["name"], started)
+    config["reward"]["verifier"] = _own(config["reward"]["verifier"], started)
+    config["rollout"]["engine"] = _own(config["rollout"]["engine"], started)
     config["rollout"]["server"] = None if config["rollout"].get("server") is None else "a server"
     return {key: value for key, value in config.items() if key != "out"}
+
+
+def _own(name: str, started: float) -> str:
+    """A class of the user without the path of its file."""
+    file, sign, cls = name.rpartition(":")
+    return f"{_content(file, started)}:{cls}" if sign and file.endswith(".py") else name
 
 
 def _content(source: str, started: float) -> str:

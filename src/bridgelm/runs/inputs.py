@@ -2,7 +2,8 @@
 
     config      the resolved configuration
     data        every problem with its demonstrations, in order, as training draws from them
-    reward      the sources of reward functions, and of what they import that lies beside them
+    code        the sources of a method or an engine of the user, and of what they import that lies beside them
+    reward      the same of reward functions and of a verifier of the user
     tokenizer   vocabulary, rules, chat template, end tokens
     model       the configuration and weight files of the base model
     teacher     the same of the teacher, and its tokenizer's files
@@ -20,7 +21,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridgelm.config.options import parts
+from bridgelm.config import plugins
+from bridgelm.config.options import methods, parts
 from bridgelm.config.run_config import ModelConfig, RunConfig, make_config, up_to_date
 from bridgelm.data.chat import model_path
 from bridgelm.errors import UserError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from bridgelm.data.cursors import Splits
 
 FILE = "inputs.json"
-KEYS: Sequence[str] = ("config", "data", "reward", "tokenizer", "model", "teacher")
+KEYS: Sequence[str] = ("config", "data", "code", "reward", "tokenizer", "model", "teacher")
 ROLES = ("train", "demos", "validation", "test", "hard")
 SHOWN = 3  # the most differences of one kind that a message names
 
@@ -55,8 +57,11 @@ def take(config: RunConfig, splits: Splits, chat: Chat) -> dict[str, Any]:
             teacher["chat template"] = disk.digest(Path(config.teacher.chat_template))
     return {"config": config.resolved(), "tokenizer": _tokenizer(chat),
             "data": {role: _rows(getattr(splits, role)) for role in ROLES},
+            "code": _digests([*(("method", part.name) for part in methods(config.method)),
+                              ("engine", config.rollout.engine)]),
             "reward": {str(path): disk.digest(path) for entry in config.reward.functions
-                       for path in _sources(Path(entry.rpartition(":")[0]))},
+                       for path in _sources(Path(entry.rpartition(":")[0]))}
+            | _digests([("verifier", config.reward.verifier)]),
             "model": _model(config.model), "teacher": teacher, "versions": versions()}
 
 
@@ -142,8 +147,14 @@ def _model(config: ModelConfig, *more: str) -> dict[str, str]:
     return {"commit": Path(str(file)).parent.name}
 
 
+def _digests(chosen: Sequence[tuple[plugins.Kind, str]]) -> dict[str, str]:
+    """Of those that are the user's own."""
+    return {str(path): disk.digest(path) for kind, name in chosen if plugins.is_own(kind, name)
+            for path in _sources(plugins.source(kind, name))}
+
+
 def _sources(file: Path, seen: Collection[Path] = ()) -> Iterator[Path]:
-    """The file of a reward function, and the files beside it that it imports."""
+    """A file of the user, and the files beside it that it imports."""
     yield file
     tree, done = ast.parse(file.read_bytes()), {*seen, file}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

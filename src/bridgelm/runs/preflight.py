@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from bridgelm.config import catalogue
+from bridgelm.config import catalogue, plugins
 from bridgelm.config.options import SequenceOptions
 from bridgelm.config.options.optim import NO_LIBRARY
 from bridgelm.config.options.teachers import TeacherConfig
@@ -182,7 +182,7 @@ def _check_needs(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig) -> None:
     rollout, model = config.rollout, config.model
-    if rollout.engine == "native":
+    if rollout.engine == "native" or plugins.is_own("engine", rollout.engine):
         return
     if model.dtype == "float64":
         raise UserError("rollout.engine: vLLM knows no float64; set model.dtype = 'float32' or 'bfloat16', or "

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bridgelm.config import plugins
 from bridgelm.errors import UserError
 from bridgelm.runs.folder import METRICS, SAMPLES, is_locked, read_json, read_lines
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.config.get("method", {}).get("name", "?")
+        return plugins.short(self.config.get("method", {}).get("name", "?"))
 
     @property
     def seed(self) -> int:

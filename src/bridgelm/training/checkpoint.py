@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bridgelm import dist
+from bridgelm.config import plugins
 from bridgelm.data.chat import Chat
 from bridgelm.errors import UserError
 from bridgelm.model import grads
@@ -325,7 +326,7 @@ def _public(name: str) -> str:
 def _card(run: Path, which: str) -> str:
     config = read_json(run / "config.json") or {}
     info, result = read_json(run / "run.json") or {}, (read_json(run / "result.json") or {}).get(which, {})
-    base, method = _public(config["model"]["name_or_path"]), config["method"]["name"]
+    base, method = _public(config["model"]["name_or_path"]), plugins.short(config["method"]["name"])
     accuracy = f"{result['accuracy']:.3f} (95 % interval {result['interval'][0]:.3f} to {result['interval'][1]:.3f}, " \
                f"{result['n']} problems, greedy)" if result else "not measured"
     return f"""---

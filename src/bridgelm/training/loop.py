@@ -22,7 +22,7 @@ from bridgelm.engine.ahead import Pending
 from bridgelm.engine.decoders import check_cache
 from bridgelm.errors import UserError
 from bridgelm.ledger import Ledger
-from bridgelm.methods import METHODS, Method
+from bridgelm.methods import Method, build
 from bridgelm.methods.base import check_needs
 from bridgelm.model.batching import make_batch, split_rows
 from bridgelm.model.loading import load_model, peak_device_memory
@@ -121,7 +121,7 @@ def _train(config: RunConfig, path: Path, resumed: bool, quiet: bool, allow_chan
         display.state("reading the data")
         chat = load_chat(config.model)
         splits = check_lengths(load_splits(config), chat, config)
-        method = METHODS[config.method.name](config.method, config)
+        method = build(config.method, config)
         data = Data(splits, config.seed)
         check_needs(method, data)
         for note in splits.notes:

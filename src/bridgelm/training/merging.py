@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bridgelm.config import plugins
 from bridgelm.config.run_config import ModelConfig
 from bridgelm.data.chat import load_tokenizer
 from bridgelm.data.model_files import INDEX, check_finite, check_index
@@ -173,6 +174,6 @@ def _origin(folder: Path) -> Mapping[str, Any]:
     run = folder.parent / "config.json"
     if (folder.parent / "run.json").exists() and run.exists():
         config = read_json(run) or {}
-        return {"base": config["model"]["name_or_path"], "method": config["method"]["name"], "steps": config["steps"],
-                "seed": config["seed"]}
+        return {"base": config["model"]["name_or_path"], "method": plugins.short(config["method"]["name"]),
+                "steps": config["steps"], "seed": config["seed"]}
     return {"merged": json.loads((folder / RECORD).read_text())["parts"]} if (folder / RECORD).exists() else {}

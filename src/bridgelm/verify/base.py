@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
+from bridgelm.config import plugins
 from bridgelm.config.run_config import RewardConfig
 from bridgelm.types import Grade, Problem, Verdict
 from bridgelm.verify.decision import Decision
@@ -58,6 +59,10 @@ def build_grader(reward: RewardConfig) -> Judge | None:
     """The grader of answers alone, without reward functions."""
     if reward.verifier == "none":
         return None
+    if plugins.is_own("verifier", reward.verifier):
+        from bridgelm.verify.own import OwnJudge
+
+        return OwnJudge(plugins.load("verifier", reward.verifier)(), reward.verifier)
     if reward.verifier == "toy":
         from bridgelm.verify.toy import ToyJudge
 

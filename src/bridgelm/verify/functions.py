@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import inspect
-import itertools
 import math
 import signal
 import sys
@@ -20,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from bridgelm.config.plugins import execute
 from bridgelm.errors import UserError
 from bridgelm.types import Problem
 
-_NUMBERS = itertools.count()  # numbers the modules, as two files may have the same stem
 SHORT = 80  # characters that an error message quotes
 
 
@@ -180,20 +178,10 @@ def load_function(spec: str) -> RewardFunction:
         raise UserError(f"reward.functions: {spec!r}: write it as path/to/file.py:function")
     if not file.is_file():
         raise UserError(f"reward.functions: {path} does not exist; paths start where the command is run")
-    module_spec = importlib.util.spec_from_file_location(f"bridgelm_reward_{file.stem}_{next(_NUMBERS)}", file)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    folder = str(file.resolve().parent)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
-    sys.path.insert(0, folder)  # the user's helpers lie beside the file
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises, they are told where
-        del sys.modules[module.__name__]
-        raise UserError(f"reward.functions: {path} cannot be loaded: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(folder)
+        module = execute(file)
+    except UserError as error:
+        raise UserError(f"reward.functions: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):
         have = [key for key, value in vars(module).items() if inspect.isfunction(value)]

@@ -3,10 +3,19 @@ beside them; `docs/methods.md` says more."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from bridgelm.config import plugins
 from bridgelm.config.options.adaptive import AmftOptions, LspoOptions, SasrOptions, TrapoOptions
 from bridgelm.config.options.base import LowRank, PolicyGradient, Rate, Shadowed, Share, Strict
 from bridgelm.config.options.core import (
@@ -28,8 +37,9 @@ from bridgelm.config.options.offline import DftOptions, FdivSftOptions, GiftOpti
 from bridgelm.config.options.shaping import PairShuffle, Shaping
 from bridgelm.config.options.teachers import KdrlOptions, PearOptions
 
-__all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "COLD_START", "LowRank", "MethodOptions", "PolicyGradient", "Rate",
-           "SequenceOptions", "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "parts", "samples"]
+__all__ = ["BRIDGE_PRESETS", "CHORD_PRESETS", "CHOSEN", "COLD_START", "LowRank", "MethodOptions", "PolicyGradient",
+           "Rate", "SequenceOptions", "Shadowed", "Share", "SingleOptions", "Stage", "Strict", "methods", "parts",
+           "samples"]
 
 SingleOptions = (SftOptions | GrpoOptions | AlternateOptions | JointOptions | BridgeOptions | BridgeLeakyOptions
                  | BridgeDialOptions | BarrierOptions | TokenLeadOptions | GuideOptions | DftOptions
@@ -44,12 +54,28 @@ def samples(part: BaseModel) -> bool:
     return bool(getattr(part, "samples", hasattr(part, "rl")))
 
 
+def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
+    """A method of one's own may stand where ours may."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    known = {"shuffle_r1", "sequence", *(model.model_fields["name"].default for model in get_args(SingleOptions))}
+    if not isinstance(name, str) or name in known or not plugins.is_own("method", name):
+        return ours(value)
+    return plugins.options(name, value) if isinstance(value, dict) else value
+
+
+def _dump(value: Strict, info: SerializationInfo) -> dict[str, Any]:
+    return value.model_dump(mode=info.mode, by_alias=info.by_alias)
+
+
+CHOSEN = (Field(discriminator="name"), WrapValidator(_or_own), PlainSerializer(_dump))
+
+
 class ShuffleR1Options(PairShuffle):
     """Shuffle-R1 (2508.05612) round a method with rollouts. The defaults are those of its code."""
 
     name: Literal["shuffle_r1"] = "shuffle_r1"
     # Its code's GRPO: advantages divided by the group's deviation, no KL.
-    method: Annotated[SingleOptions, Field(discriminator="name")] = GrpoOptions(rl=PolicyGradient(std=True))
+    method: Annotated[SingleOptions, *CHOSEN] = GrpoOptions(rl=PolicyGradient(std=True))
 
     @model_validator(mode="after")
     def _has_rollouts_of_one_policy(self) -> ShuffleR1Options:
@@ -65,7 +91,7 @@ class ShuffleR1Options(PairShuffle):
 class Stage(Strict):
     """One stage of a sequence, with a rate and optimisers of its own."""
 
-    method: Annotated[SingleOptions | ShuffleR1Options, Field(discriminator="name")]
+    method: Annotated[SingleOptions | ShuffleR1Options, *CHOSEN]
     steps: Annotated[int, Field(ge=1)] | None = None  # stages that leave it out share what is left equally
     lr: Rate | None = None  # this and the next two: those of [optim] unless given
     schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -97,6 +123,12 @@ class SequenceOptions(Strict):
 
 
 MethodOptions = SingleOptions | ShuffleR1Options | SequenceOptions
+
+
+def methods(method: Any) -> list[Any]:
+    """The options of a run's method, of its stages, and of what those are wrapped round."""
+    inner = [*(stage.method for stage in getattr(method, "stages", [])), getattr(method, "method", None)]
+    return [method, *(found for one in inner if isinstance(one, Strict) for found in methods(one))]
 
 
 def parts(method: Any) -> list[Any]:

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bridgelm.config.options.base import Rate, Share, Strict
+from bridgelm.config.plugins import or_own
 
 
 class RewardConfig(Strict):
     """`verifier` grades answers; `functions` are `file.py:name` with TRL's signature, added to or in place of it."""
 
-    verifier: Literal["toy", "math", "countdown", "knights", "exact", "regex", "none"] = "math"
+    verifier: Annotated[Literal["toy", "math", "countdown", "knights", "exact", "regex", "none"],
+                        *or_own("verifier", "grade")] = "math"  # or one's own: docs/own-method.md
     functions: list[str] = Field(default_factory=list)
     weights: list[float] = Field(default_factory=list)  # one a function; default 1 each
     time_limit: Rate = 1.0  # CPU seconds an answer

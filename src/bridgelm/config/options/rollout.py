@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bridgelm.config.options.base import Rate, Strict
+from bridgelm.config.plugins import or_own
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -26,7 +27,7 @@ class RolloutConfig(Strict):
     max_new_tokens: Count = 512
     temperature: Rate = 1.0
     stop: list[str] = Field(default_factory=list)
-    engine: Literal["native", "vllm"] = "native"  # docs/engines.md
+    engine: Annotated[Literal["native", "vllm"], *or_own("engine", "generate")] = "native"  # docs/engines.md
     server: str | None = None  # http://host:port of a vLLM server; without it vLLM runs in this process
     # Seconds in which no answer comes, after which a server counts as hanging; 0.1 s a token of the longest answer or
     # 1 s per 50 MB of weights come on top.
