@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from bridgelm.config import catalogue
-from bridgelm.config.options import MethodOptions, samples
+from bridgelm.config.options import CHOSEN, MethodOptions, samples
 from bridgelm.config.run_config import make_config
 from bridgelm.errors import UserError
 from bridgelm.methods import METHODS
@@ -30,8 +30,8 @@ from bridgelm.testing.bench import (
     wrong_terms,
 )
 from bridgelm.training import loop
+from records import RECORDS
 
-from .limits import LIMITS, STAY
 from .variants import LATE, METHOD, VARIANTS, sections
 
 Make = Callable[..., Any]
@@ -85,7 +85,7 @@ def test_unmet_needs_are_refused_before_the_model_is_loaded(name: str, raw: Make
 
 # -- groups that all pass or all fail: the RL term is exactly zero, and what is left is stated for each method -------
 
-OPTIONS: TypeAdapter[Any] = TypeAdapter(MethodOptions)
+OPTIONS: TypeAdapter[Any] = TypeAdapter(Annotated[MethodOptions, *CHOSEN])
 FLAT = {name: method for name, method in VARIANTS.items()
         if any(samples(part) for part in catalogue.parts(OPTIONS.validate_python(method)))}
 
@@ -124,10 +124,10 @@ def test_flat_groups_teach_nothing(flat: Any) -> None:
     if {"kl", "entropy", "kd"} & batch.counts.keys():
         return
     wanted: dict[str, grads.Gradient] = {"theta": nothing}  # grpo: nothing at all
-    if method.options.name in LIMITS:
-        stay = dict.fromkeys(("nll", *STAY.get(method.options.name, ())), 1.0)
-        sft = policy.grad(method.terms, batch, stay, entropy=True)
-        wanted |= LIMITS[method.options.name](method, sft, policy, session.step)
+    record = RECORDS[method.options.name]
+    if record.limit:
+        sft = policy.grad(method.terms, batch, dict.fromkeys(("nll", *record.stay), 1.0), entropy=True)
+        wanted |= record.limit(method, sft, policy, session.step)
     steps: list[tuple[str, grads.Gradient]] = []
     with watched(policy, steps):
         metrics = session.method.update(policy, batch, session.step)

@@ -6,54 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import bridgelm.methods
+from bridgelm.config import catalogue
+from records import RECORDS
 
-BRIDGE = {"name": "bridge", "rank": 2, "alpha": 4.0, "probe_every": 2}
-LEAKY = {"name": "bridge_leaky", "rank": 2, "alpha": 4.0, "probe_every": 2, "agreement_decay": 0.5}
-DIAL = {"name": "bridge_dial", "rank": 2, "alpha": 4.0, "probe_every": 2, "eta": 0.5, "scales": [0.0, 1.5]}
-GUIDE = {"name": "guide", "rank": 2, "alpha": 4.0, "warmup": 1, "kappa": 0.1}
-STAGED = {"name": "staged", "target_entropy": 2.2, "probe": 6, "rounds": 1,
-          "lengths": [{"length": 0.5}, {"length": 1.0}]}
-SFT_THEN_GRPO = [{"method": {"name": "sft"}, "steps": 2, "lr": 2e-2}, {"method": {"name": "grpo"}}]
-
-METHOD: dict[str, dict[str, Any]] = {
-    "sft": {"name": "sft"},
-    "grpo": {"name": "grpo"},
-    "joint": {"name": "joint", "mu": 0.5, "mu_end": 0.1, "schedule": "cosine"},
-    "alternate": {"name": "alternate"},
-    "barrier": {"name": "barrier"},
-    "bridge": BRIDGE,
-    "bridge_leaky": LEAKY,
-    "bridge_dial": DIAL,
-    "sequence": {"name": "sequence", "stages": SFT_THEN_GRPO},
-    "token_lead": {"name": "token_lead", "mu": 0.5},
-    "guide": GUIDE,
-    "dft": {"name": "dft"},
-    "interleaved": {"name": "interleaved"},
-    "data_mixing": {"name": "data_mixing", "buffer": 20},
-    "shuffle_r1": {"name": "shuffle_r1", "draws": 3, "keep": 1.0},
-    "trapo": {"name": "trapo", "entropy_coef": 0.0},
-    # With the draws of seed 0: SFT in the second step, GRPO after it.
-    "sasr": {"name": "sasr", "warmup": 0.25, "gamma": 9.0, "rl": {"kl_coef": 0.0}},
-    "amft": {"name": "amft", "warmup": 0.25, "every": 1, "problems": 2, "eta": 0.1, "eta_entropy": 0.0},
-    "luffy": {"name": "luffy"},
-    "srft": {"name": "srft", "entropy": 0.0},
-    "chord": {"name": "chord", "mu": 0.6, "mu_end": 0.1, "decay": 4},
-    "gac": {"name": "gac", "refresh": 2, "decay": 0.5, "warmup": 0, "decay_steps": 4},
-    "kdrl": {"name": "kdrl", "beta": 0.5, "delta": 0.1, "beta_min": 0.1, "clamp": 2.0},
-    "pear": {"name": "pear"},
-    "staged": STAGED,
-    "gta": {"name": "gta", "open": "", "close": "", "format": "", "rl": {"kl_coef": 0.0}},
-    "hpt": {"name": "hpt", "gamma": 0.25, "sft": 0.5},
-    "relift": {"name": "relift", "size": 2, "pass_rate": 0.3},
-    "uft": {"name": "uft", "until": 1.0, "hint": 0.1},
-    "prefix_rft": {"name": "prefix_rft", "cut": 0.5},
-    "bread": {"name": "bread", "episodes": 4},
-    "lspo": {"name": "lspo", "rank": 2, "alpha": 4.0, "fit_steps": 2, "beta": 0.05},
-    "rft": {"name": "rft"},
-    "fdiv_sft": {"name": "fdiv_sft", "beta": 0.5},
-    "gift": {"name": "gift", "beta": 3.0},
-}
-TAUGHT = ("kdrl", "pear")  # methods that ask a teacher
+METHOD: dict[str, dict[str, Any]] = {name: {"name": name, **record.options} for name, record in RECORDS.items()}
+BRIDGE, LEAKY, DIAL = METHOD["bridge"], METHOD["bridge_leaky"], METHOD["bridge_dial"]
+GUIDE, STAGED = METHOD["guide"], METHOD["staged"]
+# Methods that ask a teacher.
+TAUGHT = [name for name in METHOD if catalogue.needs(name) & {"teacher", "behaviour"}]
 READINGS: dict[str, dict[str, Any]] = {
     "grpo with a reference": {"name": "grpo", "rl": {"kl_coef": 0.1, "std": True, "aggregate": "row"}},
     "grpo, constant length": {"name": "grpo", "rl": {"aggregate": "constant"}},
@@ -137,7 +97,7 @@ LORA = {f"{name}, low-rank theta": METHOD[name] for name in sorted(BESIDE | {"sf
         {"method": {"name": "grpo", "rl": {"kl_coef": 0.1}}}]},
 }
 VARIANTS = METHOD | READINGS | LORA
-LATE = {"sequence", "sasr", "amft"}  # their first two steps have no rollouts
+LATE = {name for name, record in RECORDS.items() if record.late}
 
 
 def sections(name: str) -> dict[str, Any]:

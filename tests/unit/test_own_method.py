@@ -137,7 +137,7 @@ def test_an_installed_package_gives_names(here: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("item", "said"), [
     ("method.name=none.py:Cosine", "none.py does not exist; paths start where the command is run"),
-    ("method.name=cosine.py:Sine", "cosine.py has no class 'Sine'; it has Cosine"),
+    ("method.name=cosine.py:Sine", "cosine.py has no class 'Sine'; it has Options, Cosine"),
     ("method.name=cosine.py:Strict", "Strict is no method; derive it from bridgelm.methods.base.Method"),
     ("method.name=cosine.py:Method", "Method lacks gather, terms, update"),
     ("method.name=cosine.py:", "write it as path/to/file.py:Class or package.module:Class"),

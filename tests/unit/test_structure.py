@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 import bridgelm
 from bridgelm.cli.main import build_parser
-from bridgelm.config import catalogue
+from bridgelm.config import catalogue, plugins
 from bridgelm.config.options import SequenceOptions, samples
 from bridgelm.config.run_config import RunConfig, _models, load_config, stage_steps
 from bridgelm.methods.base import Form, Tier
@@ -41,8 +41,8 @@ FILES = sorted(SRC.rglob("*.py"))
 ROOMS = ["", "config", "data", "verify", "engine", "objective", "model", "runs", "rollout", "methods", "analysis",
          "training", "benchmarks", "reports", "comparisons", "diagnosis", "planning", "cli", "testing"]
 FRONT = {"__init__", "__main__"}  # the front door reaches everything, lazily
-TORCH_FREE = ["config.run_config", "config.catalogue", "data.chat", "data.cursors", "data.toy", "runs.preflight",
-              "runs.reader", "verify.math.judge", "cli.main", "cli.data"]
+TORCH_FREE = ["config.run_config", "config.catalogue", "data.chat", "data.cursors", "data.toy", "methods.base",
+              "runs.preflight", "runs.reader", "verify.math.judge", "cli.main", "cli.data"]
 
 
 def module_of(path: Path) -> str:
@@ -62,12 +62,12 @@ def sentence(path: Path) -> str:
 
 def tree() -> str:
     """Every room and every file with its first sentence."""
-    lines = []
+    lines, ours = [], {f"methods.{name}" for name in registry()}
     for room in ROOMS:
         if room:
             lines += ["", f"**`{room}/`** {sentence(SRC / room / '__init__.py')}", ""]
         for path in sorted((SRC / room).glob("*.py") if not room else (SRC / room).rglob("*.py")):
-            if path.stem not in FRONT:
+            if path.stem not in FRONT and module_of(path) not in ours:  # docs/methods.md has those
                 lines.append(f"- `{path.relative_to(SRC / room)}` {sentence(path)}")
     return "\n".join(lines).strip()
 
@@ -174,14 +174,8 @@ def test_functions_fit_a_screen(path: Path) -> None:
 # -- the five places of a method ---------------------------------------------------------------------------------------
 
 def registry() -> dict[str, str]:
-    """METHODS of methods/__init__.py, name -> class, read without importing torch."""
-    path = SRC / "methods" / "__init__.py"
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "METHODS":
-            assert isinstance(node.value, ast.Dict)
-            return {ast.literal_eval(key): ast.unparse(value) for key, value in zip(node.value.keys, node.value.values)
-                    if key is not None}
-    raise AssertionError("methods/__init__.py has no METHODS")
+    """Name -> class."""
+    return {name: place.rpartition(":")[2] for name, place in plugins.ours().items()}
 
 
 SHARED = {"__init__", "base", "bridge_controls", "shadow"}
@@ -195,9 +189,8 @@ def test_files_registry_and_options_name_the_same_methods() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_five_places(name: str) -> None:
     text = (SRC / "methods" / f"{name}.py").read_text()
-    assert f"class {registry()[name]}(Method)" in text, "1. its file holds the class that the registry names"
-    assert re.search(rf"@final\s+class {registry()[name]}\(", text), "and the class is final"
-    assert name in _in_toy_recipes(), "3. a recipe in recipes/toy, of its own or as a stage"
+    assert re.search(rf"@final\s+class {registry()[name]}\(Method", text), "1. its file holds its class, which is final"
+    assert name in _in_toy_recipes(), "2. a recipe in recipes/toy, of its own or as a stage"
     page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.is_file() and "**Trap**" in page.read_text(), f"4. a page {page.name} in docs/methods, with its trap"
     assert f"bridgelm.methods.{name}" in _imported_by_tests(), f"5. a test of its equation that imports methods.{name}"
@@ -280,7 +273,6 @@ def surface() -> dict[str, Any]:
         "commands": {name: sorted("/".join(action.option_strings) or action.dest for action in parser._actions)
                      for name, parser in commands.choices.items()},
         "config": sorted(config_keys(RunConfig)),
-        "methods": sorted(catalogue.option_classes()),
     }
 
 

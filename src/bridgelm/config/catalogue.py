@@ -35,7 +35,8 @@ class Option:
 
 def option_classes() -> dict[str, type[BaseModel]]:
     """Name of each method -> the class of its options."""
-    return {model.model_fields["name"].default: model for model in typing.get_args(options.MethodOptions)}
+    listed = {model.model_fields["name"].default: model for model in typing.get_args(options.MethodOptions)}
+    return listed | {name: plugins.option_class(name) for name in plugins.ours() if name not in listed}
 
 
 def find(name: str) -> type[BaseModel]:
@@ -51,7 +52,7 @@ def find(name: str) -> type[BaseModel]:
 
 def is_own(name: str) -> bool:
     """Whether it is a method of the user; its class is then imported and asked."""
-    return name not in option_classes() and plugins.is_own("method", name)
+    return plugins.is_own("method", name)
 
 
 @cache

@@ -1,5 +1,6 @@
-"""Methods, verifiers and engines of one's own, without a fork: named by their file (`path/to/file.py:Class`), by their
-module (`package.module:Class`), or by the name that an installed package gives them as an entry point."""
+"""Classes by their names: our methods, and methods, verifiers and engines of one's own, without a fork. Those are named
+by their file (`path/to/file.py:Class`), by their module (`package.module:Class`), or by the name that an installed
+package gives them as an entry point."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +22,7 @@ from pydantic import BaseModel, PlainSerializer, ValidatorFunctionWrapHandler, W
 from bridgelm.config.options.base import Strict
 from bridgelm.errors import UserError
 
+METHODS = Path(__file__).parents[1] / "methods"
 Kind = Literal["method", "verifier", "engine"]
 _NUMBERS = itertools.count()  # two files may have the same stem
 _LOADED: dict[tuple[Path, int, int], ModuleType] = {}  # by file, time and size: a class is made once
@@ -31,8 +34,18 @@ def installed(kind: Kind) -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=f"bridgelm.{kind}s")}
 
 
+@cache
+def ours() -> dict[str, str]:
+    """Our methods, name -> module:Class: a file each in methods/, which is imported when a run names it."""
+    found = {}
+    for path in sorted(METHODS.glob("*.py")):
+        if cls := re.search(r"^class (\w+)\(Method\b(?!, )", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found[path.stem] = f"bridgelm.methods.{path.stem}:{cls[1]}"
+    return found
+
+
 def is_own(kind: Kind, name: str) -> bool:
-    return ":" in name or name in installed(kind)
+    return ":" in name or (name in installed(kind) and not (kind == "method" and name in ours()))
 
 
 def short(name: str) -> str:
@@ -42,7 +55,8 @@ def short(name: str) -> str:
 
 def load(kind: Kind, name: str) -> type[Any]:
     """The class that a name stands for; a UserError says in one line why there is none."""
-    place, _, wanted = (name if ":" in name else installed(kind)[name].value).rpartition(":")
+    known = ours().get(name) if kind == "method" else None
+    place, _, wanted = (name if ":" in name else known or installed(kind)[name].value).rpartition(":")
     if not place or not wanted.isidentifier():
         raise UserError(f"{name!r}: write it as path/to/file.py:Class or package.module:Class")
     module = _file(Path(place)) if place.endswith(".py") else _imported(place)
@@ -75,7 +89,7 @@ def _options(cls: type[Any], name: str) -> type[BaseModel]:
 
 
 def option_class(name: str) -> type[BaseModel]:
-    """The options of a method of one's own: its class `Options`, with `name` beside them."""
+    """The options that stand beside a method: its `Options`, with `name` among them."""
     return _options(load_method(name), name)
 
 

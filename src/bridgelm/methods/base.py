@@ -6,20 +6,25 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import numpy as np
-from torch import Tensor
 
 from bridgelm.config import plugins
 from bridgelm.config.options import PolicyGradient, Strict
 from bridgelm.config.run_config import RunConfig
 from bridgelm.data.cursors import Data, with_teacher
 from bridgelm.errors import UserError
-from bridgelm.model.policy import Policy
-from bridgelm.objective import credit, losses
-from bridgelm.rollout.roller import Roller
+from bridgelm.objective import credit
 from bridgelm.types import Batch, Live, Metrics, Micro, Row
+
+if TYPE_CHECKING:  # `check` and `show` import a method for its options, and no torch
+    from torch import Tensor
+
+    from bridgelm.model.policy import Policy
+    from bridgelm.rollout.roller import Roller
+
+O = TypeVar("O")  # noqa: E741
 
 NEEDS = {
     "demos": "demonstrations: give `data.demos`, or `demos` in the rows of `data.train`",
@@ -61,22 +66,29 @@ class Form:
 Tier = Literal["checked", "derived", "experimental"]
 
 
-class Method(ABC):
-    """Abstract; every subclass is final. Methods share functions, never a parent's code."""
+class Method(ABC, Generic[O]):
+    """Abstract; every subclass is final. Methods share functions, never a parent's code. `Method[Options]` says whose
+    options it has, where they stand beside it."""
 
-    Options: ClassVar[type[Strict]] = Strict  # of a method of one's own; those of ours are in config/options
+    Options: ClassVar[type[Strict]] = Strict
     tier: ClassVar[Tier] = "experimental"
     form: ClassVar[Form] = Form(data="its own", demo="its own", rollout="its own", controller="its own",
                                 models="its own")
     needs: ClassVar[frozenset[str]] = frozenset()
     gradients: ClassVar[Gradients] = Gradients(1, 1, 1)
 
-    def __init__(self, options: Any, run: RunConfig) -> None:
+    def __init__(self, options: O, run: RunConfig) -> None:
         self.options, self.run = options, run
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        given = [base for base in cls.__dict__.get("__orig_bases__", ()) if get_origin(base) is Method]
+        if given:
+            cls.Options = get_args(given[0])[0]
 
     @property
     def phase(self) -> str:
-        return plugins.short(self.options.name)
+        return plugins.short(cast(Any, self.options).name)
 
     def starts(self) -> list[int]:
         """The steps (counted from 0) before which something new begins: the run, and each later stage."""
@@ -186,6 +198,8 @@ def experts(rows: Sequence[Row], roll: Roller, run: RunConfig, step: int, count:
 
 
 def rl_terms(batch: Micro, live: Live, rl: PolicyGradient) -> dict[str, Tensor]:
+    from bridgelm.objective import losses
+
     if "pg" not in batch:
         return {}
     out = {"pg": losses.pg_clip(live.logp_BT, batch.old_BT, batch.weight["pg"], rl.clip_low, rl.clip_high)}
@@ -206,4 +220,6 @@ def sft_rows(data: Data, roll: Roller, run: RunConfig) -> list[Row]:
 
 
 def sft_terms(batch: Micro, live: Live) -> dict[str, Tensor]:
+    from bridgelm.objective import losses
+
     return {"nll": losses.nll(live.logp_BT, batch.weight["nll"])} if "nll" in batch else {}

@@ -55,10 +55,10 @@ def samples(part: BaseModel) -> bool:
 
 
 def _or_own(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
-    """A method of one's own may stand where ours may."""
+    """A method whose options stand beside it, ours or one's own."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     known = {"shuffle_r1", "sequence", *(model.model_fields["name"].default for model in get_args(SingleOptions))}
-    if not isinstance(name, str) or name in known or not plugins.is_own("method", name):
+    if not isinstance(name, str) or name in known or not (name in plugins.ours() or plugins.is_own("method", name)):
         return ours(value)
     return plugins.options(name, value) if isinstance(value, dict) else value
 
