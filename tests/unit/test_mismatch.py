@@ -15,6 +15,7 @@ import torch
 from bridgelm.config.run_config import make_config
 from bridgelm.engine import NativeEngine, Origin, Request, Sampling
 from bridgelm.ledger import Ledger
+from bridgelm.methods import METHODS
 from bridgelm.model import batching
 from bridgelm.objective import mismatch
 from bridgelm.training import loop
@@ -144,7 +145,7 @@ def test_a_run_with_an_engine_that_disagrees(raw: Raw, noisy: Any, tmp_path: Pat
     """It is corrected in what is trained on, logged a step, warned of once; and the engine sleeps while training."""
     made = noisy(0.4)
     seen: list[Row] = []
-    update = loop.METHODS["grpo"].update
+    update = METHODS["grpo"].update
 
     def spy(self: Any, policy: Any, batch: Any, step: int) -> Any:
         assert made[-1].slept == step + 1
@@ -153,7 +154,7 @@ def test_a_run_with_an_engine_that_disagrees(raw: Raw, noisy: Any, tmp_path: Pat
     config = make_config(raw(optim={"lr": 1e-9}, rollout={"prompts": 4, "group": 4, "max_new_tokens": 6,
                                                           "correction": 1.2}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.METHODS["grpo"], "update", spy)
+        patch.setattr(METHODS["grpo"], "update", spy)
         run = loop.train(config, quiet=True)
     assert made[-1].closed == 1
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
