@@ -126,7 +126,7 @@ class Adam(Shipped):
 
     def __init__(self, problem: Any, config: OptimConfig, theta: Any) -> None:
         super().__init__(problem, config)
-        self.groups = {"theta": Group({"x": torch.tensor(theta, dtype=torch.float64).requires_grad_()})}
+        self.live.groups = {"theta": Group({"x": torch.tensor(theta, dtype=torch.float64).requires_grad_()})}
 
     @property
     def theta(self) -> Vector:
