@@ -224,12 +224,6 @@ def test_mutant_is_seen(mutant: Mutant) -> None:
     mutant.check()
 
 
-def test_weights_of_mean_one() -> None:
-    rng = np.random.default_rng(0)
-    logps, author = (list(-rng.exponential(1.0, 30)) for _ in range(2))
-    assert np.mean(weights_of(method_of(normalise="row"), logps, author)) == pytest.approx(1.0, abs=1e-12)
-
-
 def test_rewards_do_not_enter(tmp_path: Path) -> None:
     """It samples nothing, so groups that all pass or all fail are no case of its own."""
     session = opened(tmp_path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checks import close
-from hand import advantages, gather, in_folder, opened, same, sessions, slope, weights
+from hand import advantages, gather, in_folder, opened, put, same, sessions, slope, weights
 from mutation import Mutant, mutants
 
 from bridgelm.config.run_config import load_config
@@ -128,9 +128,7 @@ def test_like_grpo(tmp_path: Path) -> None:
             assert found["staged/length"] == limit / 8 and found["staged/temperature"] == 0.8
             made.roll.begin(step + 1)
             assert made.roll.sampling.max_new_tokens == 8, "other methods sample as the run says"
-            for name, t in made.policy.groups["theta"].full.items():
-                t.data.copy_(start[name])
-            made.policy.live.stale = True
+            put(made, start)
 
 
 MUTANTS = mutants(
