@@ -184,6 +184,18 @@ def method_of(cls: Any, options: dict[str, Any], prompts: int = 2, group: int = 
     return cls(config.method, config)
 
 
+REPLIES: list[Answer] = [(5, END), (1, END), (2, 5, END), (2, 2, 1, END), (END,), (4, 5, END)]
+
+
+def reply(name: str, prefix: Answer, i: int) -> Answer:
+    return REPLIES[(i + len(prefix)) % len(REPLIES)]
+
+
+def reward(_: str, answer: Answer) -> float:
+    """Right where the last word is 5."""
+    return float([5, *(t for t in answer if t != END)][-1] == 5)
+
+
 def slope(table: Tensor, row: Row, t: int) -> np.ndarray:
     """d log pi(token t of the row) / d theta, written out: one at the token, less the probabilities, over T."""
     before, token = int(row.ids[t - 1]), int(row.ids[t])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,8 +146,6 @@ def test_labels(tmp_path: Path) -> None:
     """Its first words, and longer ones: the guess is as long as the label."""
     for count, wanted in ((0, "1 2 3"), (1, "1"), (2, "1 2"), (9, "1 2 3")):
         session = spoken(tmp_path / str(count), {**FREE, "words": count})
-        from dataclasses import replace
-
         train = tuple(replace(p, answer=" 1 2 3 ") for p in session.data.splits.train)
         session.data.splits = replace(session.data.splits, train=train)
         rows = gather(session)
@@ -266,8 +265,6 @@ def test_mistakes_are_named() -> None:
 
 
 def test_labels_are_needed(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     session = opened(tmp_path, FREE)
     assert gta.Gta.needs == {"labels"} and "labels" in session.data.facts()
     splits = session.data.splits

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bigram import END, Answer, V, World, ids_of, method_of, problem, slope
+from bigram import END, Answer, V, World, ids_of, method_of, problem, reply, reward, slope
 from mutation import Mutant, mutants
 
 from bridgelm.errors import UserError
@@ -21,15 +21,6 @@ from bridgelm.model.batching import make_batch, split_rows
 LONG = " ".join(str(1 + (3 * i) % 5) for i in range(20))
 PROBLEMS = [problem("a", "1 1", LONG), problem("b", "1 2", "5 4 3 2 1 5 4 3 2 1"), problem("c", "2 1", "3 1 4 1 5 2"),
             problem("bare", "2 2")]
-REPLIES: list[Answer] = [(5, END), (1, END), (2, 5, END), (2, 2, 1, END), (END,), (4, 5, END)]
-
-
-def reply(name: str, prefix: Answer, i: int) -> Answer:
-    return REPLIES[(i + len(prefix)) % len(REPLIES)]
-
-
-def reward(_: str, answer: Answer) -> float:
-    return float([5, *(t for t in answer if t != END)][-1] == 5)
 
 
 def world(problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bigram import END, Answer, V, World, ids_of, method_of, problem, slope
+from bigram import V, World, ids_of, method_of, problem, reply, reward, slope
 from mutation import Mutant, mutants
 
 from bridgelm.errors import UserError
@@ -18,16 +18,6 @@ from bridgelm.methods.grpo import Grpo
 
 PROBLEMS = [problem("five", "1 1", "1 2 3 4 5"), problem("ten", "1 2", "1 2 3 4 5 5 4 3 2 1"),
             problem("two", "2 1", "3 5"), problem("bare", "2 2")]
-REPLIES: list[Answer] = [(5, END), (1, END), (2, 5, END), (2, 2, 1, END), (END,), (4, 5, END)]
-
-
-def reply(name: str, prefix: Answer, i: int) -> Answer:
-    return REPLIES[(i + len(prefix)) % len(REPLIES)]
-
-
-def reward(_: str, answer: Answer) -> float:
-    """Right where the last word is 5."""
-    return float([5, *(t for t in answer if t != END)][-1] == 5)
 
 
 def world(problems: Any = PROBLEMS, steps: int = 10, rollout: Any = (),
