@@ -261,6 +261,7 @@ MUTANTS = [
                by=partial(test_alternation, {"half_steps": True}, 0.05, 0.05, 1)),
         Mutant("mask", "Alternate.setup", "sft_lr 0", by=partial(test_alternation, {"sft_lr": 0.03}, 0.1, 0.03, 1)),
         Mutant("term", "Alternate.imitates", 0, by=partial(test_alternation, {}, 0.1, 0.1, 3)),
+        Mutant("compare", "Alternate.imitates", by=partial(test_alternation, {}, 0.1, 0.1, 3)),
         Mutant("branch", "Alternate.update", "two 3", by=partial(test_alternation, {}, 0.1, 0.1, 1)),
     ),
     *mutants(
