@@ -180,7 +180,8 @@ SEEN = (  # a mutant, and the numbers that are wrong by it
 MUTANTS = mutants(measurements, *(mutant for mutant, _ in SEEN))
 
 
-@pytest.mark.parametrize(("mutant", "seen"), [*zip(MUTANTS, (seen for _, seen in SEEN), strict=True)], ids=str)
+@pytest.mark.parametrize(("mutant", "seen"), [*zip(MUTANTS, (seen for _, seen in SEEN), strict=True)],
+                         ids=lambda value: str(value) if isinstance(value, Mutant) else "+".join(sorted(value)))
 def test_mutant_is_seen(moved: Any, mutant: Mutant, seen: set[str]) -> None:
     right, _ = expected(*moved)
     with mutant.applied():
