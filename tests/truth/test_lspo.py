@@ -225,7 +225,6 @@ def test_flat_groups(own: int, calls: int) -> None:
 
 MUTANTS = mutants(
     lspo,
-    Mutant("drop", "Lspo.setup", "points 1", by=test_thrown_away),
     Mutant("drop", "Lspo.gather", "reset 1", by=test_thrown_away),
     Mutant("drop", "Lspo.fit", "reset", by=test_fitted),
     Mutant("drop", "Lspo.fit", "apply 1", by=test_no_demonstration_reaches_theta),

@@ -235,7 +235,7 @@ def streams_by_hand(rows: list[Row], baseline: str, std: bool, prefix_weight: st
         if row.verdict is Verdict.ERROR:
             out.append(None)
             continue
-        a = (row.reward - mean) / (deviation if std else 1.0)
+        a = (row.reward - mean) / (deviation if std and max(base) > min(base) else 1.0)  # flat: nothing to divide by
         pays = 0.0 if i in shared else a if prefix_weight == "advantage" else 1.0
         given = [t >= 2 and t < 2 + row.given for t in range(len(row.ids))]
         drawn = [t >= 2 + row.given for t in range(len(row.ids))]

@@ -237,7 +237,7 @@ def test_no_or_foreign_folders_and_unknown_bases_are_refused(folder, tmp_path):
 
 
 def test_report_writes_page_text_numbers_and_figures(folder, tmp_path):
-    target = report([run.path for run in runs_of(folder, *METHODS)], tmp_path / "out")
+    target = report([run.path for run in runs_of(folder, *METHODS)], tmp_path / "out", base="bridge")
     assert target == tmp_path / "out" / "report.html"
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     stems = ("accuracy", "difficulty", "training", "bridge")
