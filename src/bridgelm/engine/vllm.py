@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine, with weights of its own that are replaced whenever the policy's weights have changed.
+"""vLLM as the rollout engine, in this process or on a server: sends it the policy's weights when they have changed.
 
 In full training all merged weights are copied to it, in low-rank training one adapter. The policy merges into tensors
 of its own; nothing is merged in place here. The log-probs of vLLM differ a little from those of the trainer.

@@ -1,5 +1,6 @@
-"""What methods with a shadow share. A shadow is a copy of theta that follows J_RL alone; it learns from the joint
-policy's rollouts, corrected by token ratios. Functions only: the equations stand in each method's own file."""
+"""What methods with a shadow share: setup, rest, losses and measurements; its step is in `model/optim.py`. A shadow is
+a copy of theta that follows J_RL alone; it learns from the joint policy's rollouts, corrected by token ratios.
+Functions only: the equations stand in each method's own file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Optimizers over plain tensors, one of which borrows another's second moments, and what their last step did."""
+"""Optimizers over plain tensors: AdamW, also in eight bits, SGD, and the shadow's bounded step in theta's second
+moments; and what their last step did."""
 
 from __future__ import annotations
 

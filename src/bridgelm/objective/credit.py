@@ -1,4 +1,5 @@
-"""From rewards to advantages, and schedules. Pure functions on numpy arrays and rows."""
+"""From rewards to advantages; and schedules, that of the learning rate among them. Pure functions on numpy arrays
+and rows."""
 
 from __future__ import annotations
 

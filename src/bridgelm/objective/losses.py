@@ -1,4 +1,5 @@
-"""Per-token losses, to be minimised. Pure functions: shapes as in types.py, weights and old log-probs are constants."""
+"""Per-token losses, to be minimised: likelihood, PPO's clip, truncated ratios, KL. Pure functions: shapes as
+in types.py, weights and old log-probs are constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The `math` verifier: decides easy comparisons at once, and has killable workers decide the others."""
+"""The `math` verifier: finds the answer in a gold, which may be a whole solution, and in a completion; decides easy
+comparisons at once, and has killable workers decide the others."""
 
 from __future__ import annotations
 
