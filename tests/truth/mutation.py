@@ -169,8 +169,14 @@ def drop(node: ast.AST, to: Any) -> Iterator[ast.AST]:
         yield ast.keyword("", node.value)  # taken out below
 
 
+def undo(node: ast.AST, to: Any) -> Iterator[ast.AST]:
+    """What a call is given, for what it makes of it: x for f(x)."""
+    if isinstance(node, ast.Call) and node.args:
+        yield node.args[0]
+
+
 OPERATORS: dict[str, Callable[[ast.AST, Any], Iterator[ast.AST]]] = {f.__name__: f for f in (
-    sign, term, swap, denominator, mask, detach, hold, clip, snapshot, compare, branch, constant, instead, drop)}
+    sign, term, swap, denominator, mask, detach, hold, clip, snapshot, compare, branch, constant, instead, drop, undo)}
 OPERATORS["late"] = OPERATORS["drop"]  # a statement after the one that follows it, as a step before a gradient
 
 

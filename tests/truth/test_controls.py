@@ -32,7 +32,7 @@ from transformer import (
 )
 
 from bridgelm.errors import UserError
-from bridgelm.methods import bridge, bridge_controls
+from bridgelm.methods import bridge, bridge_controls, shadow
 from bridgelm.model.policy import Policy
 from bridgelm.types import Row, Verdict
 
@@ -240,6 +240,8 @@ MUTANTS = mutants(
     Mutant("constant", "with_placebo", "pg", to="nothing", by=lambda: permuted(bridge)),
     Mutant("constant", "with_placebo", "shadow", to="nothing", by=lambda: permuted(bridge)),
     Mutant("constant", "Third.draws", "seed", to=0, by=lambda: dealing(bridge)),  # every seed deals alike
+    Mutant("undo", "deal_out", "permutation 1", by=lambda: dealing(bridge)),  # each answer keeps its own
+    Mutant("branch", "shadow_terms", "shadow_kl 1", by=lambda: frozen(bridge), of=shadow),  # no KL at the shadow
 )
 
 

@@ -77,6 +77,7 @@ SEEN: list[tuple[Mutant, str, Any]] = [
     (Mutant("constant", "LIMIT", to=9), "Toy().gate(5)", "on"),
     (Mutant("constant", "Toy.rate", to=9), "Toy.rate", 9),
     (Mutant("instead", "mean", "sum", to="max"), "use([1, 3])[0]", 1.5),
+    (Mutant("undo", "use", "mean"), "use([1, 3])[0]", [1, 3]),
     (Mutant("drop", "Toy.steps", "first"), "Toy().steps()", ["second"]),
     (Mutant("drop", "Toy.stream", "mask 0"), "Toy().stream()[3]", None),
     (Mutant("late", "Toy.steps", "first"), "Toy().steps()", ["second", "first"]),
