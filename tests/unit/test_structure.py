@@ -200,8 +200,7 @@ def test_five_places(name: str) -> None:
 
 
 EQUATION_IN = {"sft": "losses", "grpo": "losses"}  # methods whose own file has no more than the coefficients
-# The first three have those of tests/truth/mutants.py; `sequence` has no equation, but other methods as its stages.
-WITHOUT_MUTANTS = {"bridge", "bridge_dial", "bridge_leaky", "sequence"}
+WITHOUT_MUTANTS = {"sequence"}  # it has no equation, but other methods as its stages
 
 
 @cache
