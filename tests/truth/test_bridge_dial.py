@@ -15,14 +15,24 @@ from checks import close
 from exact import Path, Quadratic, Shipped, Stub, run_config, tensor, walk
 from mutation import Mutant, mutants
 from ratios import WithLogps, row
-from transformer import all_logps, bridge_method, build, build_policy, make_batch, make_rows, merged, wide_norm
-from transformer import objective as by_definition
+from transformer import (
+    all_logps,
+    bridge_method,
+    build,
+    build_policy,
+    flat,
+    gradients,
+    make_batch,
+    make_rows,
+    merged,
+    wide_norm,
+)
 
 from bridgelm.methods import bridge_dial, shadow
 from bridgelm.methods.bridge_dial import BridgeDial, alignment, by_group
 from bridgelm.model import batching
 from bridgelm.model.policy import Grads
-from bridgelm.types import Batch, Row
+from bridgelm.types import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -251,23 +261,6 @@ def test_group_means() -> None:
     assert alignment(rows, live, same) == 0.0, "the shadow is theta"
 
 
-def gradients(policy: Any, rows: list[Row], names: dict[str, float], at: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Gradients by group of the terms, by autograd through weights merged by hand."""
-    wanted = {"theta": policy.groups["theta" if at == "live" else at], "w": policy.groups["w"]}
-    leaves = {f"{g}/{n}": t for g, group in wanted.items() for n, t in group.flat().items()}
-    logps = all_logps(build(), merged(policy, at), rows)
-    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP, ratio="taper"))
-    loss = torch.stack([c * terms[n] for n, c in names.items()]).sum()
-    out: dict[str, dict[str, torch.Tensor]] = {g: {} for g in wanted}
-    for key, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
-        out[key.partition("/")[0]][key.partition("/")[2]] = g
-    return out
-
-
-def flat(g: dict[str, torch.Tensor]) -> np.ndarray:
-    return torch.cat([t.reshape(-1) for t in g.values()]).detach().numpy()
-
-
 def test_one_update_on_a_transformer() -> None:
     """The three equations with gradients by hand, theta's clip factor on the shadow too, and z from hand-made
     log-probs at the snapshot."""
@@ -277,10 +270,10 @@ def test_one_update_on_a_transformer() -> None:
     method = method_of(**options)
     for name, rate in (("theta", LR), ("shadow", LR), ("w", BETA)):
         policy.optimiser(name, lr=rate)
-    rows = make_rows(policy)
-    sft = gradients(policy, rows, {"nll": 1.0}, "live")
-    rl = gradients(policy, rows, {"pg": 1.0, "kl": 0.3}, "live")
-    shadow = gradients(policy, rows, {"shadow": 1.0, "shadow_kl": 0.3}, "shadow")
+    rows, by = make_rows(policy), bridge_method(ratio_cap=CAP, ratio="taper")
+    sft = gradients(policy, rows, {"nll": 1.0}, "live", by)
+    rl = gradients(policy, rows, {"pg": 1.0, "kl": 0.3}, "live", by)
+    shadow = gradients(policy, rows, {"shadow": 1.0, "shadow_kl": 0.3}, "shadow", by)
     joint = (1 - LAM) * flat(sft["theta"]) + LAM * flat(rl["theta"])
     w_step = (1 - LAM) * flat(sft["w"]) + LAM * (flat(rl["w"]) - flat(shadow["w"]))
     factor = clip / (np.linalg.norm(joint) + 1e-6)

@@ -15,8 +15,18 @@ from checks import close
 from exact import NOTHING, Path, Quadratic, Shipped, Stub, bridge_walk, run_config, walk
 from mutation import Mutant, mutants
 from ratios import WithLogps, row
-from transformer import all_logps, bridge_method, build, build_policy, make_batch, make_rows, merged, wide_norm
-from transformer import objective as by_definition
+from transformer import (
+    all_logps,
+    bridge_method,
+    build,
+    build_policy,
+    flat,
+    gradients,
+    make_batch,
+    make_rows,
+    merged,
+    wide_norm,
+)
 
 from bridgelm.methods import bridge, bridge_leaky, shadow
 from bridgelm.methods.bridge import Bridge
@@ -244,21 +254,6 @@ LAM, RHO, LR, BETA, CAP = 0.3, 0.2, 0.05, 0.02, 1.05
 RL = {"kl_coef": 0.3}
 
 
-def w_gradient(policy: Any, rows: list[Row], names: dict[str, float], at: str,
-               ratio: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Gradients by group of the terms, by autograd through weights merged by hand."""
-    wanted = {"theta": policy.groups["theta" if at == "live" else at], "w": policy.groups["w"]}
-    leaves = {f"{g}/{n}": t for g, group in wanted.items() for n, t in group.flat().items()}
-    logps = all_logps(build(), merged(policy, at), rows)
-    terms = by_definition(rows, logps, bridge_method(ratio_cap=CAP, ratio=ratio))
-    loss = torch.stack([c * terms[n] for n, c in names.items()]).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()))
-    out: dict[str, dict[str, torch.Tensor]] = {g: {} for g in wanted}
-    for key, g in zip(leaves, found):
-        out[key.partition("/")[0]][key.partition("/")[2]] = g
-    return out
-
-
 def without(rows: list[Row], group: int) -> list[Row]:
     """The same rows and counts, with no weight on the rollouts of a group."""
     out = []
@@ -268,10 +263,6 @@ def without(rows: list[Row], group: int) -> list[Row]:
                 r = r.with_stream(name, 0.0, s.norm, s.constant, s.mask)
         out.append(r)
     return out
-
-
-def flat(g: dict[str, torch.Tensor]) -> np.ndarray:
-    return torch.cat([t.reshape(-1) for t in g.values()]).detach().numpy()
 
 
 def advantages(rows: list[Row], values: Any) -> list[Row]:
@@ -301,19 +292,19 @@ def test_updates_on_a_transformer() -> None:
 
 def two_updates(ratio: str) -> None:
     method, policy = ready(agreement_decay=0.6, ratio=ratio)
-    start = make_rows(policy)
+    start, by = make_rows(policy), bridge_method(ratio_cap=CAP, ratio=ratio)
     product = size = 0.0
     for step, values in enumerate(((0.8, -1.1, 0.5, -0.4), (0.2, 1.0, -0.6, 0.9))):
         rows = advantages(start, values)
         names = {"live": {"pg": 1.0, "kl": 0.3}, "shadow": {"shadow": 1.0, "shadow_kl": 0.3}}
-        half = [{at: w_gradient(policy, without(rows, 1 - g), names[at], at, ratio) for at in names} for g in (0, 1)]
+        half = [{at: gradients(policy, without(rows, 1 - g), names[at], at, by) for at in names} for g in (0, 1)]
         a, b = (flat(h["live"]["w"]) - flat(h["shadow"]["w"]) for h in half)
         keep = 0.6 if step else 0.0
         product = keep * product + (1 - keep) * float(a @ b)
         size = keep * size + (1 - keep) * float(a @ a + b @ b) / 2
         q = min(max(product / size, 0.0), 1.0)
-        sft = w_gradient(policy, rows, {"nll": 1.0}, "live", ratio)
-        rl, shadow = (w_gradient(policy, rows, names[at], at, ratio) for at in names)
+        sft = gradients(policy, rows, {"nll": 1.0}, "live", by)
+        rl, shadow = (gradients(policy, rows, names[at], at, by) for at in names)
         logps = all_logps(build(), merged(policy, "shadow"), rows)
         rho = np.exp([float((lp.detach().numpy() - r.old_logps)[r.own].sum()) for r, lp in zip(rows, logps)
                       if r.old_logps is not None])  # fmt: skip

@@ -230,5 +230,19 @@ def objective(
     return {name: value / below[name] for name, value in total.items()}
 
 
+def gradients(policy: Policy, rows: list[Row], coef: Mapping[str, float], at: str,
+              method: Bridge) -> dict[str, dict[str, Tensor]]:
+    """Of theta (or what stands for it at that point) and of w, by autograd through weights merged by hand."""
+    groups = {"theta": policy.groups["theta" if at == "live" else at].flat(), "w": policy.groups["w"].flat()}
+    terms = objective(rows, all_logps(build(), merged(policy, at), rows), method)
+    loss = torch.stack([c * terms[name] for name, c in coef.items()]).sum()
+    found = iter(torch.autograd.grad(loss, [t for group in groups.values() for t in group.values()]))
+    return {group: {name: next(found) for name in tensors} for group, tensors in groups.items()}
+
+
+def flat(tensors: Mapping[str, Tensor]) -> np.ndarray:
+    return torch.cat([t.reshape(-1) for t in tensors.values()]).detach().numpy()
+
+
 def make_batch(rows: list[Row]) -> Batch:
     return batching.make_batch(rows)
