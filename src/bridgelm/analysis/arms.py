@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
     @property
     def imitates(self) -> bool:
-        """With the weights that are trained for good; a w that is taken away again is not meant."""
+        """Whether the weights that are kept imitate; a w that is taken away in the end does not count."""
         return self.draws and not catalogue.form(self.options.name)["demo"].startswith("0")
 
     @property
@@ -180,7 +180,7 @@ def unequal(configs: Mapping[str, RunConfig]) -> dict[str, str]:
 
 
 def _who(values: Mapping[str, str]) -> str:
-    """Those of one value together."""
+    """Names that share a value are listed together."""
     groups: dict[str, list[str]] = {}
     for label, value in values.items():
         groups.setdefault(value, []).append(label)

@@ -86,7 +86,7 @@ def run(models: Sequence[str], names: Sequence[str], out: Path | None = None,
 
 
 def _labels(models: Sequence[str]) -> dict[str, str]:
-    """A short name for each, which is also its folder's."""
+    """A short name for each model, which is also the name of its folder."""
     labels = {model: model.rstrip("/").replace("toy:", "toy-").split("/")[-1] for model in models}
     if len(labels) < len(models) or len({*labels.values()}) < len(labels):
         raise UserError("eval: two of the models have the same name; evaluate them one by one, each with its own --out")
@@ -169,7 +169,7 @@ def _suite_run(suite: Suite, items: Items, format: PromptFormat, options: Benchm
 
 def _answer(opened: Opened, job: SuiteRun, file: Path, rows: int, force: bool,
             say: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """All answers: those that are in the file, and the missing ones, appended as they come."""
+    """All answers: those already in the file, and the missing ones, which are appended as they are drawn."""
     kept = [] if force else _kept(file, job.settings)
     have = {(one["id"], one["draw"]) for one in kept}
     total = len(job.problems) * (1 + job.samples)
@@ -237,7 +237,7 @@ def _generate(opened: Opened, job: SuiteRun, chunk: Sequence[tuple[Problem, int]
 
 
 def _number(name: str) -> int:
-    """The same for an item whatever else is evaluated."""
+    """The number of an item, which is the same whatever else is evaluated."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 

@@ -25,7 +25,7 @@ DRAWS, FLIPS = 2000, 10_000
 
 
 def scores(answers: Sequence[Answer], sampled: bool) -> Scores:
-    """By item, without those that the grader failed on."""
+    """The score of each item; answers that the grader failed on are left out."""
     found: dict[str, list[int]] = {}
     for one in answers:
         if (one["draw"] > 0) == sampled and one["verdict"] != "error":

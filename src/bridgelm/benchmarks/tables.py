@@ -135,7 +135,7 @@ def _published(suites: Sequence[str]) -> list[str]:
 
 
 def share(own: Mapping[str, dict[str, Any]], key: str) -> str:
-    """Over all answers of all suites."""
+    """A share over all answers of all suites."""
     kinds = [(found[kind][key], found["items"] * (1 if kind == "greedy" else found["sampled"]["k"]))
              for found in own.values() for kind in ("greedy", "sampled") if kind in found]
     return f"{100 * sum(value * n for value, n in kinds) / sum(n for _, n in kinds):.1f} %"

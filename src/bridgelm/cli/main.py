@@ -217,7 +217,7 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
-    """Of what a shell makes of runs/*, what is a run; a path to nothing is left in, to be refused by its name."""
+    """The run folders among the paths that the shell made of runs/*; a missing path is kept, for an error to name."""
     other = [path for path in paths if path.exists() and not (path / "config.json").is_file()]
     if other and len(other) < len(paths):
         print(f"skipped, as no run folder: {', '.join(map(str, other))}", file=sys.stderr)

@@ -114,7 +114,7 @@ def resolve_all(base: RunConfig | Mapping[str, Any] | str | Path, methods: Seque
 
 
 def _find(item: str, own: RunConfig, file: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
-    """And what a reader should know of it."""
+    """The configuration that a name stands for, and what a reader should know about it."""
     if item.endswith((".toml", ".json")):
         return load_config(item, overrides), None
     try:
@@ -149,7 +149,7 @@ def _run_config(config: RunConfig, label: str, seed: int, folder: Path) -> RunCo
 
 
 def default_jobs(config: RunConfig) -> int:
-    """One a core; one at all where the runs would share a GPU."""
+    """One run per core, or a single run where the runs would share a GPU."""
     on_gpu = config.model.device.startswith("cuda") or (config.model.device == "auto" and shutil.which("nvidia-smi"))
     return 1 if on_gpu else os.cpu_count() or 1
 

@@ -97,7 +97,7 @@ class RunProcess:
         return True
 
     def said(self, lines: int = 12) -> str:
-        """The last lines of its log."""
+        """The last lines of the run's log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 

@@ -55,7 +55,7 @@ class ModelConfig(Strict):
     lora_alpha: Rate = 16.0
     lora_modules: str = ""  # regular expression of linear layers; empty: all of them
     gradient_checkpointing: bool = False
-    offload_activations: bool = False  # what layers save for the way back lies in host memory until then
+    offload_activations: bool = False  # what layers save for the backward pass lies in host memory until then
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: what transformers picks
 
 

@@ -48,7 +48,7 @@ class Switch:
     """Validation accuracy around the start of a stage: does it dip, how far, and when is it back?"""
 
     before: float  # accuracy at the last look at or before the switch
-    lowest: float  # of the looks after it, within the stage
+    lowest: float  # lowest accuracy of the looks after it, within the stage
     depth: float  # before - lowest, 0 if it never falls
     error: float  # standard error of that difference of two looks
     steps_to_lowest: int

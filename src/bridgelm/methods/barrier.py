@@ -140,7 +140,7 @@ def in_fixed_order(batch: Batch) -> Batch:
 
 
 def mean_reward(batch: Batch) -> float:
-    """Of the graded rollouts; NaN without any."""
+    """The mean reward of the graded rollouts; NaN if there are none."""
     rewards = [row.reward for row in batch.rows
                if row.kind == "rollout" and row.at == "live" and row.verdict is not Verdict.ERROR]
     return math.fsum(rewards) / len(rewards) if rewards else math.nan

@@ -115,7 +115,7 @@ class Method(ABC, Generic[O]):
         """One update; usually one line: `return descend(policy, batch, self.terms, {...})`."""
 
     def rate(self, step: int) -> float:
-        """What the learning rates are multiplied with."""
+        """The factor that multiplies the learning rates."""
         o = self.run.optim
         return credit.rate_factor(o.schedule, o.warmup, o.final, step, self.run.steps)
 
@@ -147,7 +147,7 @@ def descend(policy: Policy, batch: Batch, terms: Any, coef: Mapping[str, float])
 
 
 def mean_over(batch: Batch, name: str, values: Mapping[int, np.ndarray]) -> float:
-    """Of a number a token, given by row index, over the tokens of a stream; each weighs the same."""
+    """The mean of a per-token number (tensors by row index) over the tokens of a stream, all weighted equally."""
     chosen = [values[i][row.streams[name].mask] for i, row in enumerate(batch.rows)
               if name in row.streams and i in values]
     return float(sum(v.sum() for v in chosen)) / max(1, sum(v.size for v in chosen))

@@ -48,7 +48,7 @@ class Third:
         return grads.mix((1.0, placebo), (-1.0, placebo_shadow)) if self.kind == "permuted" else gain
 
     def draws(self, step: int) -> np.random.Generator:
-        """The same in a resumed run."""
+        """The random draws, which are the same in a resumed run."""
         return np.random.default_rng((self.seed, step, zlib.crc32(self.kind.encode())))
 
 

@@ -123,7 +123,7 @@ def statistics(rows: Sequence[Row], logps: Sequence[np.ndarray], phi: bool, trim
 
 
 def trimmed(values: np.ndarray, share: float) -> np.ndarray:
-    """Without that share of the values at either end; fewer than four are left as they are."""
+    """The values without that share at either end; fewer than four values are left as they are."""
     drop = int(len(values) * share) if len(values) >= 4 else 0
     return np.sort(values)[drop:len(values) - drop]
 

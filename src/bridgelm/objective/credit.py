@@ -86,7 +86,7 @@ def spread(rows: Sequence[Row]) -> dict[int, bool]:
 
 
 def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """A name without any value is left out."""
+    """The mean of each name's values; a name without values is left out."""
     return {name: float(np.mean(v)) for name, v in values.items() if v.size}
 
 

@@ -77,7 +77,7 @@ class Alive(TorchDispatchMode):
             size, _ = self._sizes[key]
             self._freed(key)
             self._count(key, size, True)
-            self.peak = max(peak, self.now)  # it never was on the device
+            self.peak = max(peak, self.now)  # it was never on the device
             return copy
 
         def brought(t: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -129,7 +129,7 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as fused kernels do it, which the meta device has none of."""
+    """Attention as fused kernels compute it; the meta device has no such kernel."""
     places: tuple[Any, ...] = (torch.nn.functional, decoders)
     for place in places:
         place.scaled_dot_product_attention = lambda q, k, v, *rest, **named: _Fused.apply(q, k, v)

@@ -69,9 +69,9 @@ def at_most(config: RunConfig, packed: bool) -> Work:
 
 
 class Pass(NamedTuple):
-    """Bytes beyond the weights."""
+    """What a pass takes in bytes, beyond the weights."""
 
-    kept: int  # by the layers, for the way back
+    kept: int  # kept by the layers for the backward pass
     peak: int
     host: int  # in host memory
 
@@ -94,7 +94,7 @@ class Models:
 
 
 def largest(micros: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
-    """The one of most tokens, and the one of most own tokens."""
+    """The micro-batch with the most tokens, and the one with the most own tokens."""
     sizes = {(len(line_up(rows).ids_N), sum(int(row.own.sum()) for row in rows)): rows for rows in micros}
     return [sizes[size] for size in {max(sizes), max(sizes, key=lambda size: size[::-1])}]
 
@@ -109,7 +109,7 @@ def training(models: Models, micros: Sequence[Sequence[Row]], dtype: torch.dtype
 
 
 def _passed(sharding: Whole, trained: set[str], rows: Sequence[Row], dtype: torch.dtype) -> list[int]:
-    """In host memory; on the device after the layers, up to their last gradient, and up to the end."""
+    """Peak bytes in host memory, and on the device after the layers, up to their last gradient, and up to the end."""
     model = sharding.model
     rows, left_out = with_fewer_chunks(rows, model.config.vocab_size)
     alive, laps = OnPaper(sharding.params.values()), list[int]()
@@ -159,7 +159,7 @@ def decoding(models: Models, drawing: Drawing, temperature: float) -> int:
 
 @torch.no_grad()
 def _decoded(model: Any, drawing: Drawing, temperature: float) -> list[int]:
-    """While prompts are read, while their caches are repeated, and at a token."""
+    """Bytes while prompts are read, while their caches are repeated, and while one token is decoded."""
     alive, laps = OnPaper(model.parameters()), list[int]()
     start = alive.peak = alive.now
 

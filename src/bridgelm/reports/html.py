@@ -106,7 +106,7 @@ def _short(comparison: Comparison) -> str:
 
 
 def _claims(comparison: Comparison) -> str:
-    """One line a figure: the base method against each other one."""
+    """One line per figure, which compares the base method with each other method."""
     rows = []
     for figure, heading in text.FIGURES.items():
         claims = [claim for claim in comparison.claims if claim.figure == figure]

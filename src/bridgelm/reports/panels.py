@@ -35,8 +35,8 @@ def signed(points: float, digits: int = 1) -> str:
 
 
 def colours(comparison: Comparison) -> list[int]:
-    """One of each method. Of many methods only the base and the best by final test accuracy have one; the others are
-    grey, and the tables name them."""
+    """One colour per method. Where there are many methods, only the base and the best by final test accuracy have one;
+    the others are grey, and the tables name them."""
     methods = comparison.methods
     if len(methods) <= MANY:
         return list(range(len(methods)))

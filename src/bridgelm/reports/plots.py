@@ -78,7 +78,7 @@ def ticks(low: float, high: float, count: int = 5, clock: bool = False) -> list[
 
 
 class _Scale:
-    """Data to pixels, on one axis."""
+    """Maps data to pixels on one axis."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool = False, pad: float = 0.0) -> None:
         self.log = log

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridgelm.runs.reader import Run
 
-SAMPLE_BYTES = 1_500_000  # of sample rollouts on a page; more are thinned out, evenly over the steps
+SAMPLE_BYTES = 1_500_000  # the most sample rollouts on a page; more are thinned out, evenly over the steps
 
 
 def samples_section(runs: Sequence[Run]) -> str:

@@ -110,7 +110,7 @@ def _content(source: str, started: float) -> str:
 
 
 def _figures(found: Any) -> Any:
-    """Without the single problems, whose ids are the owner's."""
+    """The figures without the single problems, whose ids belong to the owner of the data."""
     if not isinstance(found, dict):
         return found
     return {key: _figures(value) for key, value in found.items() if key != "correct"}
@@ -203,5 +203,5 @@ def _machine(run: dict[str, Any]) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Somebody else's words, without what a terminal would obey."""
+    """Somebody else's text, without the control characters that a terminal would obey."""
     return "".join(c for c in str(text) if c.isprintable())[:60]

@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class VllmOptions(Strict):
-    """Of `engine = "vllm"` in this process; a server has its own."""
+    """Settings of `engine = "vllm"` in this process; a server has its own."""
 
     memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share of the device's memory, for its weights and its cache
     max_length: Count | None = None  # prompt and answer; default: data.max_prompt_tokens and the longer of the limits
