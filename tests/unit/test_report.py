@@ -564,7 +564,7 @@ def test_a_named_method_has_the_file_s_rates_by_what_they_are_for():
     assert configs["alternate"].method.sft_lr == 1e-5  # pyright: ignore[reportAttributeAccessIssue]
     arms = {name: compare_arms.arm(one) for name, one in configs.items()}
     assert {arms[name].rollouts for name in ("my", "grpo", "joint", "alternate")} == {arms["my"].rollouts}
-    assert arms["joint"].imitation == "1e-06, warm-up 5 (exploration's)" and arms["grpo"].imitation == "–"
+    assert arms["joint"].imitation == "1e-06, warm-up 5 (RL's)" and arms["grpo"].imitation == "–"
     assert (arms["my"].steps, arms["my"].demos) == ("25 + 5", 25 * 32)
     differ = compare_arms.unequal(configs)
     assert list(differ) == ["steps", "learning rate of imitation", "rollouts", "demonstrations"]

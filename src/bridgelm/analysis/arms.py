@@ -130,7 +130,7 @@ def arm(config: RunConfig) -> Arm:
         both = part.imitates and part.explores
         if part.imitates:
             apart = getattr(options, "sft_lr", None)
-            imitation.append(_rate({**own, "lr": apart}) if apart else _rate(own) + " (exploration's)" * both)
+            imitation.append(_rate({**own, "lr": apart}) if apart else _rate(own) + " (RL's)" * both)
         if part.explores:
             exploration.append(_rate(own))
         if hasattr(options, "rank") and hasattr(options, "beta"):
