@@ -18,7 +18,7 @@ class OptimConfig(Strict):
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(default=[0.9, 0.999])
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Rate | None = 1.0  # largest global gradient norm; a huge value switches clipping off
+    clip: Rate | None = 1.0  # largest global gradient norm; null in JSON or a huge value: no clipping
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final: Share = 0.1  # where linear and cosine schedules end, as a share of lr
