@@ -94,7 +94,8 @@ def rival(own: RunConfig, name: str, where: str) -> tuple[RunConfig, str | None]
 
 def _cold_start(own: RunConfig, imitation: Part | None, exploration: Part | None, sampling: int,
                 where: str) -> RunConfig:
-    """By the stages of the file where it has them; else half of the steps are SFT, at the rate of its paper."""
+    """Cold start takes the stages of the file where it has them; else half of the steps are SFT, at the rate of its
+    paper."""
     first = COLD_START[0]
     if imitation is not None:
         first = imitation.stage or Stage(method=SftOptions(), lr=own.optim.lr)
@@ -108,8 +109,8 @@ def _cold_start(own: RunConfig, imitation: Part | None, exploration: Part | None
 
 @dataclass(frozen=True)
 class Arm:
-    """As text where it is only shown. Rollouts and demonstrations are what the configuration asks for: a method that
-    chooses between them as it goes may take fewer."""
+    """What one arm is given, as text where it is only shown. Rollouts and demonstrations are what the configuration
+    asks for: a method that chooses between them as it goes may take fewer."""
 
     steps: str
     imitation: str

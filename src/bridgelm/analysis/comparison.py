@@ -204,7 +204,8 @@ def analyse(runs: Sequence[Run], base: str | None = None) -> Comparison:
 
 
 def _unequal(methods: Sequence[MethodRuns]) -> dict[str, str]:
-    """Of settings that are still understood; a run of an older version is told by what the caller compares besides."""
+    """What differs among settings that are still understood. A run of an older version is told by what else is
+    compared."""
     configs = {}
     for method in methods:
         try:
@@ -234,7 +235,7 @@ def _row(method: MethodRuns, budgets: Mapping[str, float | None]) -> dict[str, E
 
 
 def _over_problems(run: Run, key: str, estimate: Estimate | None) -> Estimate | None:
-    """With one seed, the test figures' intervals are over problems (Wilson); there is no other spread to show."""
+    """Intervals of the test figures over problems (Wilson), for one seed, which has no other spread to show."""
     interval = _result(key, "interval")(run) if key in {"final", "best"} else None
     if estimate is None or not isinstance(interval, list):
         return estimate

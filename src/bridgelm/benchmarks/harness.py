@@ -36,7 +36,7 @@ NOT_CHOSEN = "cuda:0"  # what the harness says where the user named no device
 
 
 class Whole:
-    """In the place of AutoModelForCausalLM: a model that is part random, or not finite, is refused."""
+    """Stands in for AutoModelForCausalLM: a model that is part random, or not finite, is refused."""
 
     @staticmethod
     def from_pretrained(path: str, **options: Any) -> Any:
@@ -79,7 +79,7 @@ class BridgeLM(HFLM):
                       "add_bos_token": self.add_bos_token, "bridgelm": __version__}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """With the run's system prompt, before the task's own if it has one."""
+        """Applies the chat template with the run's system prompt, which stands before the task's own if it has one."""
         system, turns = self.chat.system_prompt, list(chat_history)
         if system is not None:
             if turns and turns[0]["role"] == "system":

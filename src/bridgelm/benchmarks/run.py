@@ -136,7 +136,7 @@ def resolve(name: str, which: str) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def weights_digest(config: ModelConfig) -> str:
-    """Of everything that decides what a model says: weights, configuration, tokenizer and chat template."""
+    """A digest of everything that decides what a model says: weights, configuration, tokenizer, chat template."""
     folder = Path(model_path(config.name_or_path))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

@@ -135,7 +135,7 @@ def _read(name: str, suite: Suite, folder: Path | None) -> tuple[str, list[Probl
 
 
 def _local(name: str, suite: Suite, folder: Path) -> Path:
-    """In the folder itself or in one that lies in it."""
+    """Finds the file in the folder itself or in one that lies in it."""
     if suite.file is None:
         raise UserError(f"suite {name}: its record names no local file; leave out --suite-folder to use {suite.source}")
     found = next((path for path in (folder / suite.file, *sorted(folder.glob(f"*/{suite.file}"))) if path.is_file()),

@@ -23,8 +23,6 @@ from bridgelm.config.options import parts
 from bridgelm.config.run_config import RunConfig, stage_steps
 from bridgelm.errors import UserError
 
-METHODS_FOLDER = Path(__file__).parents[1] / "methods"
-
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -57,7 +55,7 @@ def is_own(name: str) -> bool:
 
 @cache
 def _module(name: str) -> ast.Module:
-    path = METHODS_FOLDER / f"{name}.py"
+    path = plugins.METHODS / f"{name}.py"
     return ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
 
 
@@ -145,7 +143,7 @@ def _remarks(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _body(path: str, qualname: str) -> list[ast.stmt]:
-    """Of a class in a file, which may stand inside another one."""
+    """The body of a class in a file, which may stand inside another class."""
     body: list[ast.stmt] = ast.parse(Path(path).read_text(encoding="utf-8")).body
     for name in qualname.split("."):
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == name), [])

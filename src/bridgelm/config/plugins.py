@@ -110,7 +110,7 @@ def source(kind: Kind, name: str) -> Path:
 
 
 def full(name: str) -> str:
-    """With the path of its file made absolute: a run folder is read from any directory."""
+    """The name with the path of its file made absolute, since a run folder is read from any directory."""
     place, sign, wanted = name.rpartition(":")
     return f"{Path(place).expanduser().absolute()}{sign}{wanted}" if place.endswith(".py") else name
 
@@ -155,7 +155,7 @@ def execute(file: Path) -> ModuleType:
 
 
 def or_own(kind: Kind, method: str) -> tuple[WrapValidator, PlainSerializer]:
-    """For a field of our own words: a class that has `method` may stand there too, by its name."""
+    """Lets a field of our own words also take the name of a class that has `method`."""
     def chosen(value: Any, ours: ValidatorFunctionWrapHandler) -> Any:
         if not isinstance(value, str) or not is_own(kind, value):
             return ours(value)

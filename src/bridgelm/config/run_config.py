@@ -177,7 +177,7 @@ def up_to_date(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """With the user's paths made absolute: a run folder is read from any directory. Names of hub and toy stay."""
+    """Makes the user's paths absolute, since a run folder is read from any directory. Names of hub and toy stay."""
     def full(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 

@@ -69,7 +69,7 @@ class Data:
         return [self.splits.train[i] for i in self._cursors["problems"].take(n)]
 
     def demos(self, n: int) -> list[tuple[Problem, Demo]]:
-        """From the separate pool if there is one, else from the training problems' own."""
+        """Draws from the separate pool if there is one, else from the training problems' own demonstrations."""
         return [self._pairs[i] for i in self._cursors["demos"].take(n)]
 
     def val(self, n: int) -> list[Problem]:

@@ -74,7 +74,7 @@ class Positions:
 
     @classmethod
     def of(cls, model: ModelConfig) -> Positions | None:
-        """None where there is no limit."""
+        """The limit on positions; None where there is none."""
         sizes = sizes_of(model)
         count = sizes.get("max_position_embeddings") or sizes.get("n_positions")
         return None if count is None else cls(count, model)

@@ -37,7 +37,8 @@ class StageSpan:
 
 
 def kind(method: BaseModel) -> str:
-    """By what the method says of itself: whether it draws answers, and whether it needs somebody to imitate."""
+    """The kind of a stage, by what its method says of itself: whether it draws answers, and whether it needs somebody
+    to imitate."""
     if not samples(method):
         return "SFT"
     return "mixed" if catalogue.needs_of(method) - {"val"} else "RL"
@@ -73,7 +74,7 @@ class History:
 
     @cached_property
     def probes(self) -> dict[int, Event]:
-        """By step; what was measured in training wins over what was measured afterwards."""
+        """The measurements by step; what was measured in training wins over what was measured afterwards."""
         later = {row["step"]: row for row in read_lines(self.run.path / AFTERWARDS) if "step" in row}
         return later | {event["step"]: event for event in self.run.events if event.get("event") == "probe"}
 

@@ -79,7 +79,7 @@ class Engine(Protocol):
         """Frees the memory of the device for the trainer; the next request wakes the engine."""
 
     def close(self) -> None:
-        """At the end of the run."""
+        """Ends the engine with the run."""
 
 
 def spent(requests: Sequence[Request], completions: Sequence[Completion]) -> int:

@@ -17,8 +17,7 @@ __all__ = ["METHODS", "Method", "build"]
 
 def build(options: Any, run: RunConfig) -> Method[Any]:
     """The method that options belong to: one of ours, or one's own (docs/own-method.md)."""
-    cls = globals().get("METHODS", {}).get(options.name) or plugins.load_method(options.name)
-    return cls(options, run)
+    return plugins.load_method(options.name)(options, run)
 
 
 def __getattr__(name: str) -> Any:

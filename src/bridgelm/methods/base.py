@@ -124,7 +124,7 @@ class Method(ABC, Generic[O]):
         return []
 
     def deploy(self, policy: Policy, accuracy: Callable[[], float]) -> Metrics:
-        """After the last step: may move theta to what is to be deployed, by the accuracy of the live weights on the
+        """May move theta, after the last step, to what is to be deployed, by the accuracy of the live weights on the
         validation set."""
         return {}
 
@@ -186,7 +186,7 @@ def with_kl(rows: list[Row], roll: Roller, rl: PolicyGradient, run: RunConfig) -
 
 
 def experts(rows: Sequence[Row], roll: Roller, run: RunConfig, step: int, count: int = 1) -> list[Row]:
-    """For every group of `rows`, `count` of its problem's own demonstrations as further members, graded as rollouts
+    """Makes `count` of a problem's own demonstrations further members of its group in `rows`, graded as rollouts
     are. Which of several is a draw of its own in every step."""
     pairs, numbers = [], []
     for number, problem in {row.group: row.problem for row in rows}.items():

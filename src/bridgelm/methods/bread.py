@@ -39,7 +39,7 @@ from bridgelm.types import Batch, Live, Metrics, Micro, Problem, Row, Verdict
 
 @dataclass
 class Search:
-    """For one failed problem: more than `low` episodes are needed, `high` are enough or all that there are."""
+    """One failed problem: more than `low` episodes are needed, `high` are enough or all that there are."""
 
     problem: Problem
     answer: np.ndarray

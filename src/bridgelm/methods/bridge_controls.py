@@ -30,7 +30,7 @@ class Third:
         self.moves_shadow = self.has_shadow and kind != "frozen"
 
     def dealt(self, rows: list[Row], step: int) -> list[Row]:
-        """For `permuted`, with the stream `placebo`."""
+        """Adds the stream `placebo` for the control `permuted`."""
         return deal_out(rows, self.draws(step)) if self.kind == "permuted" else rows
 
     def without_shadow(self, rl: Grads) -> Grads:
@@ -38,7 +38,7 @@ class Third:
         return Grads({}, grads.mix((1.0 if self.kind == "sft" else 0.0, rl.w)), {}, {})
 
     def placebo(self, batch: Batch, gradient: Callable[[Batch], Grads]) -> Gradient:
-        """For `permuted`: w's RL gradient at a point, by advantages that are not the answers' own."""
+        """w's RL gradient at a point by advantages that are not the answers' own, for the control `permuted`."""
         return gradient(with_placebo(batch)).w if self.kind == "permuted" else {}
 
     def bracket(self, gain: Gradient, placebo: Gradient, placebo_shadow: Gradient, step: int) -> Gradient:

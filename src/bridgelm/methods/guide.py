@@ -75,7 +75,7 @@ class Guide(Method):
         return self.credited(own, led) + sft_rows(data, roll, self.run)
 
     def share(self, step: int) -> float:                                                                          # (4)
-        """Of each group that follows the guide; at least one sample always does, or its gain would stay unknown."""
+        """The share of each group that follows the guide; at least one sample does, or its gain would stay unknown."""
         if step < self.options.warmup:
             return self.options.share
         return self.options.share * max(self.mean, 0.0) / self.peak if self.peak > 0 else 0.0

@@ -74,7 +74,7 @@ class Hpt(Method):
         return rows + demos
 
     def weights(self, rewards: np.ndarray) -> Weights:
-        """Of a problem whose rollouts had these rewards."""
+        """The weights of SFT and RL on a problem whose rollouts had these rewards."""
         o = self.options
         if o.gate == "soft":
             rows = np.array(o.table or SOFT)
@@ -98,7 +98,7 @@ class Hpt(Method):
 
     @staticmethod
     def share(batch: Batch, name: str) -> float:
-        """Of the batch's problems, those that have rows in the stream."""
+        """The share of the batch's problems that have rows in the stream."""
         found = {row.group for row in batch.rows if name in row.streams}
         every = {row.group for row in batch.rows if row.streams}
         counts = {"found": float(len(found)), "every": float(len(every))}

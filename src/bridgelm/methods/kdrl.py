@@ -64,8 +64,8 @@ class Kdrl(Method):
         return max(o.beta - o.delta * step, o.beta_min) if o.delta else o.beta
 
     def measure(self, batch: Batch, beta: float) -> Metrics:
-        """Of all tokens that the teacher has something to say about, but for `kept` (of all drawn tokens, those that
-        are distilled) and `flipped` (of those, the ones whose advantage the teacher turns round)."""
+        """Shares of the tokens that the teacher has something to say about; `kept` is that of the drawn tokens that
+        are distilled, and `flipped` that of the distilled ones whose advantage the teacher turns round."""
         o = self.options
         sums = dict.fromkeys(("drawn", "kept", "flipped", "taught", "gap", "k2", "kl", "clamped"), 0.0)
         for row in batch.rows:

@@ -104,7 +104,7 @@ def answer(row: Row) -> Answer:
 
 
 def taught(answers: list[Answer], data: Data) -> list[Row]:
-    """As demonstrations are: at temperature 1, whatever they were drawn at."""
+    """Rows to imitate: at temperature 1 as demonstrations are, whatever they were drawn at."""
     problems = ById(data.splits.train) if answers else {}
     return [Row(np.array(ids, dtype=np.int64), np.arange(len(ids)) >= start, "demo", problems[name])
             .with_stream("nll", 1.0) for name, start, ids in answers]

@@ -128,7 +128,8 @@ def shadow_coef(rl: PolicyGradient) -> dict[str, float]:
 # -- what to watch -------------------------------------------------------------------------------------------------
 
 def preconditioned_norm(policy: Policy, found: Grads) -> float:
-    """Of a gradient of theta in the metric that Adam steps in, tensor by tensor: one is as large as the model."""
+    """The norm of a gradient of theta in the metric that Adam steps in, tensor by tensor, since a copy is as large as
+    the model."""
     return math.hypot(*(grads.norm(policy.precondition("theta", {name: g})) for name, g in found.theta.items()))
 
 

@@ -111,7 +111,7 @@ class ShuffleR1(Method):
 
 
 def advantage(row: Row) -> float:
-    """Of an answer: the mean over its tokens, where the wrapped method weighs them apart."""
+    """The advantage of an answer: the mean over its tokens, where the wrapped method weighs them apart."""
     stream = row.streams["pg"]
     return float((stream.weight * stream.mask).sum() / max(1, stream.mask.sum()))
 

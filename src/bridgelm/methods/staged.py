@@ -61,14 +61,14 @@ class Staged(Method):
         return rl_rows(data, roll, self.options.rl, self.run.model_copy(update={"rollout": rollout}))              # (1)
 
     def length_at(self, step: int) -> Length:
-        """By the share of the run's steps: a stage ends where its part and those before it are used up."""
+        """The length limit at a share of the steps: a stage ends where its part and those before it are used up."""
         lengths = self.options.lengths
         ends = list(accumulate(length.part for length in lengths))
         return next((length for length, end in zip(lengths, ends, strict=True)
                      if step < round(end / ends[-1] * self.run.steps)), lengths[-1])
 
     def found(self, data: Data, roll: Roller, limit: int) -> float:                                                # (2)
-        """On the first problems of the training set, so that no cursor moves."""
+        """Finds the temperature on the first problems of the training set, so that no cursor moves."""
         temperature = self.run.rollout.temperature
         for _ in range(self.options.rounds):
             roll.sampling = replace(roll.sampling, max_new_tokens=limit, temperature=temperature)
@@ -108,7 +108,7 @@ def temperature_for_entropy(entropy: Callable[[float], float], target: float, co
 
 
 def mean_entropy(policy: Policy, rows: Sequence[Row], temperature: float) -> float:
-    """Over all tokens that the policy drew."""
+    """The mean entropy over all tokens that the policy drew."""
     warm = [replace(row, temperature=temperature) for row in rows]
     _, entropies = policy.score_and_entropy(warm)
     values = [entropy[row.drawn] for row, entropy in zip(rows, entropies, strict=True)]

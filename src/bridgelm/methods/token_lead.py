@@ -226,7 +226,7 @@ def follow(policy: Policy, loss_gradient: grads.Gradient, decay: float) -> None:
 
 
 def logps(policy: Policy, demos: list[Row], direction: grads.Gradient, size: float) -> np.ndarray:
-    """Of all demonstration tokens, some way from theta. theta itself stays where it is."""
+    """The log-probs of all demonstration tokens some way from theta, which itself stays where it is."""
     with policy.offset(direction, size) as point:
         found = policy.score(demos, at=point)
     return np.concatenate([logp[mask(row)] for logp, row in zip(found, demos, strict=True)])

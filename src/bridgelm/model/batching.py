@@ -1,4 +1,4 @@
-"""From rows to a batch with the denominators of the whole batch, and from that to micro-batches of padded tensors."""
+"""Makes rows a batch with the denominators of the whole batch, and that micro-batches of padded tensors."""
 
 from __future__ import annotations
 

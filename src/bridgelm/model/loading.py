@@ -75,7 +75,7 @@ def prepared(model: Any, config: ModelConfig) -> Any:
 
 
 def checkpoint_layers(model: Any, section: str = "model") -> None:
-    """From now on, layers keep only their inputs for the backward pass. transformers itself does this in training mode
+    """Makes layers keep only their inputs for the backward pass. transformers itself does this in training mode
     only, where many families add noise outside of any module that could be switched off."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -54,7 +54,7 @@ class Saved:
 
 
 def offload(model: Any) -> None:
-    """From now on, every pass through the model's layers keeps what it saves in host memory."""
+    """Makes every pass through the model's layers keep what it saves in host memory."""
     passes: list[saved_tensors_hooks] = []
 
     def before(*args: Any) -> None:

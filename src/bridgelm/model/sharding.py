@@ -31,7 +31,7 @@ class Sharding(ABC):
         self.params: dict[str, Any] = dict(model.named_parameters())
 
     def train_only(self, names: set[str]) -> None:
-        """From now on backward passes compute gradients of these weights alone."""
+        """Makes backward passes compute the gradients of these weights alone."""
         for name, p in self.params.items():
             p.requires_grad_(name in names)
 

@@ -208,7 +208,7 @@ class Weights:
 
     @contextmanager
     def gathered(self, point: str = "live") -> Iterator[Any]:
-        """As `at`, but with a model of whole weights, which each rank can run or write by itself."""
+        """Does as `at`, but with a model of whole weights, which each rank can run or write by itself."""
         with self.at(point), self.sharding.gathered() as model:
             yield model
 

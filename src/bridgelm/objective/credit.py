@@ -1,4 +1,4 @@
-"""From rewards to advantages; and schedules, that of the learning rate among them. Pure functions on numpy arrays
+"""Advantages from rewards; and schedules, that of the learning rate among them. Pure functions on numpy arrays
 and rows."""
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def group_advantages(rows: Sequence[Row], std: bool = False,
 
 
 def mean_rewards(rows: Sequence[Row]) -> dict[int, float]:
-    """Of each group that has graded rows; exact for equal rewards, as the mean of six times 0.1 is not quite 0.1."""
+    """The mean reward of each group that has graded rows; exact for equal rewards, as the mean of six times 0.1 is not
+    quite 0.1."""
     graded: dict[int, list[float]] = {}
     for row in rows:
         if row.verdict is not Verdict.ERROR:
@@ -100,7 +101,7 @@ def schedule(kind: str, start: float, end: float, progress: float) -> float:
 
 
 def warm_cosine(step: int, warmup: int, decay: int, peak: float, valley: float) -> float:
-    """From 0 to `peak` in `warmup` steps, along a cosine to `valley` in `decay` more, and there it stays."""
+    """Rises from 0 to `peak` in `warmup` steps, falls along a cosine to `valley` in `decay` more, and stays there."""
     if step < warmup:
         return peak * step / warmup
     return schedule("cosine", peak, valley, (step - warmup) / decay if step < warmup + decay else 1.0)

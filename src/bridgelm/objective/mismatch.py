@@ -29,8 +29,8 @@ def _corrected(row: Row, mismatch: np.ndarray, cap: float) -> Row:
 
 
 def measured(rows: Sequence[Row], cap: float) -> Metrics:
-    """Over all drawn tokens, d = log p - log q: the mean and the largest |d|, KL(q || p) a token (e^d - 1 - d, which is
-    never negative), and the share of tokens whose weight was cut."""
+    """What d = log p - log q says over all drawn tokens: the mean and the largest |d|, KL(q || p) a token (e^d - 1 - d,
+    which is never negative), and the share of tokens whose weight was cut."""
     gaps = [row.mismatch[row.drawn] for row in rows if row.mismatch is not None]
     d = np.concatenate([*gaps, np.empty(0)])
     if not d.size:

@@ -93,8 +93,8 @@ class Alive(TorchDispatchMode):
 
 
 class OnPaper(Alive):
-    """Of operations on the meta device. Indices and masks may be real ones on the CPU: what they select is as large as
-    it will be."""
+    """Follows the bytes of operations on the meta device. Indices and masks may be real ones on the CPU: what they
+    select is as large as it will be."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

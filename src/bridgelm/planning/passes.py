@@ -53,7 +53,7 @@ def row_of(kind: Any, prompt: int, own: int, problem: int, temperature: float = 
 
 
 def at_most(config: RunConfig, packed: bool) -> Work:
-    """As long as the limits allow."""
+    """Rows as long as the limits allow."""
     data, rollout, prompt = config.data, config.rollout, config.data.max_prompt_tokens
     groups = -(-rollout.prompts // rollout.updates)
     rows = [row_of("rollout", prompt, rollout.max_new_tokens, i, rollout.temperature) for i in range(groups)

@@ -131,7 +131,7 @@ def _chips(claims: Sequence[Claim]) -> str:
 
 
 def _facts(comparison: Comparison) -> str:
-    """For one method: its figures in large type."""
+    """The figures of a single method, in large type."""
     row, run = comparison.table[comparison.base.label], comparison.base.runs[0]
     last = run.evals[-1]["accuracy"] if run.evals else None
     figures = [("final, test accuracy", share(row["final"].value) if row["final"] else "–"),

@@ -80,7 +80,7 @@ class Reader:
 
 
 def same_tokens(student: Chat, teacher: Chat) -> np.ndarray:
-    """For each id of the policy, whether it means the same to the teacher. Ordinary tokens must, control tokens need
+    """Whether each id of the policy means the same to the teacher. Ordinary tokens must, control tokens need
     not."""
     mine, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     known = np.zeros(max(mine.values()) + 1, dtype=bool)

@@ -148,7 +148,7 @@ def _model(config: ModelConfig, *more: str) -> dict[str, str]:
 
 
 def _digests(chosen: Sequence[tuple[plugins.Kind, str]]) -> dict[str, str]:
-    """Of those that are the user's own."""
+    """The digests of the files of what is the user's own."""
     return {str(path): disk.digest(path) for kind, name in chosen if plugins.is_own(kind, name)
             for path in _sources(plugins.source(kind, name))}
 

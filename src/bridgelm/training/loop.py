@@ -216,8 +216,9 @@ def _checkpoint(path: Path, config: RunConfig, display: Progress) -> tuple[Path 
     if state["step"] > config.steps:
         raise UserError(f"{path}: steps = {config.steps}, but the run is at step {state['step']} already; raise steps")
     if damaged:
-        redone = f"steps {state['step'] + 1} to {reached} are taken again" if reached > state["step"] else \
-            "no step is taken again"
+        first = state["step"] + 1
+        redone = ("no step is taken again" if reached < first else f"step {first} is taken again" if reached == first
+                  else f"steps {first} to {reached} are taken again")
         damaged = f"a damaged checkpoint is passed over ({damaged}); the run goes on from {folder.name}, {redone}"
     return folder, state, damaged
 

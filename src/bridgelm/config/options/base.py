@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
     @property
     def other_passes(self) -> float:
-        """Of a method's options: training passes a step over its rollouts at other points than the live one."""
+        """How many training passes a method's step takes over its rollouts at other points than the live one."""
         return 0.0
 
 
